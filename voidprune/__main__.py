@@ -1,0 +1,5 @@
+"""`python -m voidprune` is the `voidprune` command."""
+
+from voidprune.cli import main
+
+main()

@@ -1,0 +1,173 @@
+"""Versioned JSON in and out, hashes, and writes that either happen completely or not at all.
+
+Every JSON file of ours carries `"schema": "voidprune.<kind>/<int>"`. The bytes are canonical: the same value gives the same
+bytes (keys sorted, two spaces, shortest round-trip floats, no NaN, one newline at the end). What the fields mean is known by
+the module that owns the kind, not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from voidprune.errors import ArtifactError, OutputError
+
+Document = dict[str, Any]
+
+
+def canonical_bytes(document: Mapping[str, Any]) -> bytes:
+    """The one way to write `document`. Raises ValueError on NaN or infinity: no measurement of ours may hold one."""
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def content_hash(content: bytes) -> str:
+    """`sha256:<hex>` of some bytes."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """`sha256:<hex>` of a file, read in pieces."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def schema_key(kind: str, version: int) -> str:
+    return f"voidprune.{kind}/{version}"
+
+
+def parse_document(content: bytes, *, kind: str, version: int, place: str) -> Document:
+    """Parse one of our JSON files and check what it says it is.
+
+    Raises ArtifactError: not JSON, not an object, NaN, another kind, a newer version.
+    """
+
+    def refuse_constant(name: str) -> Any:
+        raise ArtifactError(f"{place} holds {name}, which is not a number", hint="make the file again")
+
+    try:
+        document = json.loads(content, parse_constant=refuse_constant)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{place} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{place} holds a JSON {type(document).__name__}, not an object")
+    declared = document.get("schema")
+    expected = schema_key(kind, version)
+    if declared == expected:
+        return document
+    family, _, number = str(declared).rpartition("/")
+    if family != f"voidprune.{kind}":
+        raise ArtifactError(f'{place} is not a {kind}: its schema is {declared!r}, not "{expected}"')
+    raise ArtifactError(
+        f"{place} has {kind} format {number}; this version of voidprune reads format {version}",
+        hint="upgrade voidprune" if number.isdigit() and int(number) > version else "make the file again",
+    )
+
+
+def read_document(path: Path, *, kind: str, version: int) -> Document:
+    """Read and check one of our JSON files from disk."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    return parse_document(content, kind=kind, version=version, place=str(path))
+
+
+def check_keys(
+    document: Mapping[str, Any], *, required: Iterable[str], optional: Iterable[str] = (), place: str
+) -> None:
+    """Refuse missing and unknown keys, naming them."""
+    required = set(required)
+    if missing := required - document.keys():
+        raise ArtifactError(f"{place} lacks {', '.join(sorted(missing))}")
+    if unknown := document.keys() - required - set(optional):
+        raise ArtifactError(
+            f"{place} has unknown keys: {', '.join(sorted(unknown))}",
+            hint="a newer version may have written the file; otherwise remove the keys",
+        )
+
+
+def write_file(path: Path, content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file beside its final name, flush it to the disk, then rename it into place."""
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists", hint="choose another --output, or add --overwrite")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, not a file", hint="choose another --output")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Say early, before hours of work, that the output is taken."""
+    if overwrite or not path.exists():
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    raise OutputError(f"{path} exists", hint="choose another --output, or add --overwrite")
+
+
+@contextlib.contextmanager
+def staged_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `path` to build in; renamed to `path` when the block ends well, removed when it does not.
+
+    A folder under the final name is therefore always complete. An old folder is only removed after the new one stands.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file, not a folder", hint="choose another --output")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        stage.chmod(0o777 & ~_umask())
+        yield stage
+        for file in stage.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if path.exists():
+            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            os.replace(path, retired / "folder")
+            os.replace(stage, path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(stage, path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

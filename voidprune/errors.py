@@ -1,0 +1,68 @@
+"""Every error that a user can see. One family, split by what the user has to change.
+
+A message is *subject, fact, place*; a hint is the next command or edit. How an error looks on the terminal is the
+business of `cli`. Anything that is not a `VoidpruneError` is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class VoidpruneError(Exception):
+    """An error whose cause is outside this program.
+
+    `message` says what is wrong and where, in one line; `hint` says what to do next. The exit code of the command line is
+    `exit_code`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ModelError(VoidpruneError):
+    """The model is missing, unreadable, or of a kind that is not supported."""
+
+
+class CheckpointError(ModelError):
+    """A weight file or its index is broken: truncated, overlapping, out of its folder, of an unknown dtype."""
+
+
+class ArtifactError(VoidpruneError):
+    """A file of ours (profile, schedule, bundle description) cannot be read as what it should be."""
+
+
+class ScheduleError(VoidpruneError):
+    """A schedule breaks one of its rules, or belongs to another model."""
+
+
+class BudgetError(VoidpruneError):
+    """The budget that was asked for cannot be met."""
+
+
+class DatasetError(VoidpruneError):
+    """A calibration or evaluation file is empty or malformed; the message names the line."""
+
+
+class OutputError(VoidpruneError):
+    """The output exists already, or cannot be written."""
+
+
+class RuntimeProviderError(VoidpruneError):
+    """onnxruntime cannot run what it was asked to run on the provider that was asked for."""
+
+
+class ContextLengthError(VoidpruneError):
+    """A request needs more positions than the K/V buffers or the model have."""
+
+
+class ParityError(VoidpruneError):
+    """An export does not equal its reference. Nothing was published."""
+
+
+class QualityGateError(VoidpruneError):
+    """A quality gate that the user set was missed."""
+
+    exit_code = 3

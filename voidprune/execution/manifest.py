@@ -1,0 +1,122 @@
+"""`voidprune.json`: what a bundle says of itself. A pure value; the folder around it is described in `export/bundle.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from voidprune import artifacts
+from voidprune.errors import ArtifactError, ModelError
+from voidprune.schedule import Phase, Schedule
+
+FILE = "voidprune.json"
+KIND, VERSION = "bundle", 1
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One phase's graph: its file, and the cache slots that it reads and writes."""
+
+    file: str
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the export is from the reference.
+
+    The largest absolute difference of logits found over prefill, decode and a second turn, at batch 1 and 2, and the
+    tolerance that it had to stay within. `onnx` is None where no graph was written.
+    """
+
+    hf: float
+    onnx: float | None
+    tolerance: float
+    num_prompts: int
+    num_decode_steps: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle. `schedule` speaks of the original model; `kept_layers[i]` is the original number of layer i of the checkpoint.
+
+    `slots[s]` is the original number of the layer in cache slot s. `source_bytes` is the size of the
+    source's weights; `files` maps each file to its SHA-256, `sizes` to its bytes.
+    """
+
+    schedule: Schedule
+    kept_layers: tuple[int, ...]
+    slots: tuple[int, ...]
+    dtype: str
+    context_length: int
+    graphs: Mapping[Phase, Graph]
+    source: str
+    source_bytes: int
+    files: Mapping[str, str]
+    sizes: Mapping[str, int]
+    parity: Parity | None
+    written_by: str
+
+    def to_document(self) -> artifacts.Document:
+        return {
+            "schema": artifacts.schema_key(KIND, VERSION),
+            "schedule": self.schedule.to_document(),
+            "kept_layers": list(self.kept_layers),
+            "slots": list(self.slots),
+            "dtype": self.dtype,
+            "context_length": self.context_length,
+            "graphs": {
+                str(phase): {"file": graph.file, "slots": list(graph.slots)} for phase, graph in self.graphs.items()
+            },
+            "source": self.source,
+            "source_bytes": self.source_bytes,
+            "files": dict(self.files),
+            "sizes": dict(self.sizes),
+            "parity": None if self.parity is None else asdict(self.parity),
+            "written_by": self.written_by,
+        }
+
+    @classmethod
+    def from_document(cls, document: artifacts.Document, *, place: str) -> Manifest:
+        artifacts.check_keys(document, required={"schema", *cls.__dataclass_fields__}, place=place)
+        try:
+            parity = document["parity"]
+            return cls(
+                schedule=Schedule.from_document(document["schedule"], place=f"{place}: schedule"),
+                kept_layers=tuple(document["kept_layers"]),
+                slots=tuple(document["slots"]),
+                dtype=document["dtype"],
+                context_length=document["context_length"],
+                graphs={
+                    Phase(phase): Graph(file=_plain_name(graph["file"], place), slots=tuple(graph["slots"]))
+                    for phase, graph in document["graphs"].items()
+                },
+                source=document["source"],
+                source_bytes=document["source_bytes"],
+                files=dict(document["files"]),
+                sizes=dict(document["sizes"]),
+                parity=None if parity is None else Parity(**parity),
+                written_by=document["written_by"],
+            )
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ArtifactError(f"{place} is broken: {error}", hint="export the model again") from error
+
+
+def _plain_name(name: Any, place: str) -> str:
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ArtifactError(f"{place} names the file {name!r}, outside of its folder")
+    return name
+
+
+def is_bundle(folder: Path) -> bool:
+    return (folder / FILE).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ModelError where the folder is no bundle, ArtifactError where its description is broken."""
+    if not is_bundle(folder):
+        raise ModelError(f"{folder} is not a bundle: it holds no {FILE}", hint="write one with voidprune export")
+    document = artifacts.read_document(folder / FILE, kind=KIND, version=VERSION)
+    return Manifest.from_document(document, place=str(folder / FILE))

@@ -1,0 +1,163 @@
+"""What a schedule means: the stock transformers model with two hooks a layer. The only place that says so in torch.
+
+For a token t of phase p(t), in layer l with action a = schedule.actions(p(t))[l]:
+
+- the attention output is added to the residual stream where `a.attends`, else nothing is added;
+- the MLP output is added where `a.runs_mlp`, else nothing is added;
+- keys and values are those of the residual stream that enters the layer, changed by earlier layers or not.
+
+Here every layer computes everything and the hooks leave out what does not count: slow and plain, because every export must
+equal it. A layer that counts for all tokens of a pass is not touched, so an all-FULL schedule is bitwise the stock model.
+Keys and values are computed even where the schedule writes none; by the K/V contract nothing that counts attends to those.
+
+Shapes: B rows, T tokens of this pass, S tokens with the past, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from voidprune.models.architecture import ModulePaths
+from voidprune.models.families import find_family
+from voidprune.schedule import Boundary, Phase, Schedule
+
+
+def decoder_layers(model: PreTrainedModel, modules: ModulePaths) -> Sequence[nn.Module]:
+    return operator.attrgetter(modules.layers)(model)  # type: ignore[no-any-return]
+
+
+def decode_mask(num_prompt_tokens: int, num_tokens: int, boundary: Boundary) -> list[bool]:
+    """For each token of prompt + response, whether it runs the decode schedule."""
+    first = num_prompt_tokens - (1 if boundary is Boundary.DECODE else 0)
+    return [token >= first for token in range(num_tokens)]
+
+
+class ScheduledModel:
+    """A stock model under a schedule. Use through `scheduled`, which takes the hooks away again."""
+
+    def __init__(self, model: PreTrainedModel, schedule: Schedule) -> None:
+        self.model = model
+        self.schedule = schedule
+        self._is_decode_BT: Tensor = torch.zeros(0, dtype=torch.bool)
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        is_decode_BT: Tensor,
+        attention_mask_BS: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits, [B, T, V] (or [B, 1, V] of the last token), of one pass in which every token runs the actions of its phase.
+
+        `attention_mask_BS` is 0 for padding, on either side; positions count its ones. `cache` is read and extended.
+        """
+        if attention_mask_BS is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            attention_mask_BS = torch.ones(len(input_ids_BT), past + input_ids_BT.shape[1], dtype=torch.long)
+        position_ids_BS = (attention_mask_BS.cumsum(-1) - 1).clamp(min=0)
+        device = self.model.device
+        self._is_decode_BT = is_decode_BT.to(device)
+        with torch.inference_mode():
+            return self.model(
+                input_ids=input_ids_BT.to(device),
+                attention_mask=attention_mask_BS.to(device),
+                position_ids=position_ids_BS[:, -input_ids_BT.shape[1] :].to(device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=1 if last_only else 0,
+            ).logits
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_tokens: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Greedy responses, each up to and including its end token. Rows are padded on the left and decoded together."""
+        width = max(map(len, prompts))
+        input_ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask_BS = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        is_decode_BT = torch.tensor(decode_mask(width, width, self.schedule.boundary)).expand_as(input_ids_BT)
+        responses: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        cache = DynamicCache()
+        for _ in range(max_new_tokens):
+            logits_B1V = self.forward(
+                input_ids_BT, is_decode_BT=is_decode_BT, attention_mask_BS=mask_BS, cache=cache, last_only=True
+            )
+            input_ids_BT = logits_B1V.argmax(-1).cpu()
+            for row in sorted(running):
+                responses[row].append(int(input_ids_BT[row, 0]))
+            running = {row for row in running if responses[row][-1] not in end_tokens}
+            if not running:
+                break
+            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(prompts), 1)], dim=1)
+            is_decode_BT = torch.ones_like(input_ids_BT, dtype=torch.bool)
+        return responses
+
+    def score(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+        """Log-probability, in nats, of each response token, teacher-forced in one pass."""
+        rows = [list(prompt) + list(response) for prompt, response in zip(prompts, responses, strict=True)]
+        width = max(map(len, rows))
+        logits_BTV = self.forward(
+            torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+            is_decode_BT=torch.tensor([decode_mask(len(prompt), width, self.schedule.boundary) for prompt in prompts]),
+            attention_mask_BS=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+        )
+        scores = []
+        for row, prompt, logits_TV in zip(rows, prompts, logits_BTV, strict=True):
+            predicted_TV = logits_TV[len(prompt) - 1 : len(row) - 1].double().log_softmax(-1)
+            targets_T1 = torch.tensor(row[len(prompt) :], device=predicted_TV.device).unsqueeze(-1)
+            scores.append(predicted_TV.gather(-1, targets_T1).squeeze(-1).cpu().numpy())
+        return scores
+
+    def _counted(self, flags: dict[Phase, bool]) -> Tensor | None:
+        """Which tokens of the pass count, [B, T, 1]; None where all do."""
+        if all(flags.values()):
+            return None
+        in_decode, in_prefill = flags[Phase.DECODE], flags[Phase.PREFILL]
+        return ((self._is_decode_BT & in_decode) | (~self._is_decode_BT & in_prefill)).unsqueeze(-1)
+
+
+@contextmanager
+def scheduled(model: PreTrainedModel, schedule: Schedule) -> Iterator[ScheduledModel]:
+    """Run a stock model under a schedule for the duration of the block."""
+    modules = find_family(model.config.to_dict()).modules
+    layers = decoder_layers(model, modules)
+    assert len(layers) == schedule.num_layers, "the caller checks the schedule against the model"
+    running = ScheduledModel(model, schedule)
+    handles = []
+    for layer, prefill, decode in zip(layers, schedule.prefill, schedule.decode, strict=True):
+        attends = {Phase.PREFILL: prefill.attends, Phase.DECODE: decode.attends}
+        runs_mlp = {Phase.PREFILL: prefill.runs_mlp, Phase.DECODE: decode.runs_mlp}
+        attention, mlp = getattr(layer, modules.attention), getattr(layer, modules.mlp)
+        handles.append(attention.register_forward_hook(_leave_out(running, attends)))
+        handles.append(mlp.register_forward_hook(_leave_out(running, runs_mlp)))
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _leave_out(running: ScheduledModel, flags: dict[Phase, bool]) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that zeroes a sublayer's output for the tokens for which it does not count."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        counted_BT1 = running._counted(flags)
+        if counted_BT1 is None:
+            return None
+        if isinstance(output, tuple):  # attention: (output, weights)
+            return (torch.where(counted_BT1, output[0], 0.0), *output[1:])
+        return torch.where(counted_BT1, output, 0.0)
+
+    return hook

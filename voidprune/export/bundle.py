@@ -1,0 +1,98 @@
+"""The one folder: slim Hugging Face checkpoint, two graphs that read its weights, and what the folder says of itself.
+
+    config.json  generation_config.json  tokenizer files ...
+    model.safetensors                 the only weights
+    prefill.onnx  decode.onnx         kilobytes; every weight is external data into model.safetensors
+    genai_config.json                 for onnxruntime-genai
+    voidprune.json  README.md         schedule, layer numbers, hashes, sizes, parity; the model card
+
+Built in a temporary sibling folder and verified there; a folder under its final name is complete and right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+
+import voidprune
+from voidprune import artifacts
+from voidprune.execution import manifest as manifests
+from voidprune.execution.manifest import Graph, Manifest, Parity
+from voidprune.export.genai import FILE as GENAI_FILE
+from voidprune.export.genai import describe_genai
+from voidprune.export.hf_checkpoint import write_slim_checkpoint
+from voidprune.export.model_card import write_model_card
+from voidprune.models.checkpoint import Checkpoint, open_checkpoint
+from voidprune.schedule import Phase, Schedule
+
+FORMATS = ("hf", "onnx")
+
+Verify = Callable[[Path], Parity]
+
+
+def export_bundle(
+    source: Checkpoint,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    verify: Verify,
+    formats: Collection[str] = FORMATS,
+    precision: str = "keep",
+    overwrite: bool = False,
+) -> Manifest:
+    """Write the bundle of a model under a schedule.
+
+    `verify` gets the staged folder, which `read_manifest` and all loaders accept, and returns how far it is from the
+    reference; what it raises (ParityError) ends the export with nothing published. The checkpoint is written in any case,
+    because the graphs read it. Raises ScheduleError, ModelError, CheckpointError, OutputError.
+    """
+    schedule.check_model(source.identity, place="the schedule")
+    with artifacts.staged_folder(folder, overwrite=overwrite) as stage:
+        write_slim_checkpoint(source, schedule.union, stage, precision=precision)
+        slim = open_checkpoint(stage, name=folder.name)
+        graphs = _write_graphs(slim, schedule, stage) if "onnx" in formats else {}
+        files = sorted(path for path in stage.iterdir() if path.is_file())
+        manifest = Manifest(
+            schedule=schedule,
+            kept_layers=schedule.union,
+            slots=schedule.kv_layers,
+            dtype=slim.dtype,
+            context_length=slim.architecture.context_length,
+            graphs=graphs,
+            source=source.name,
+            source_bytes=source.num_bytes,
+            files={path.name: artifacts.file_hash(path) for path in files},
+            sizes={path.name: path.stat().st_size for path in files},
+            parity=None,
+            written_by=f"voidprune {voidprune.__version__}",
+        )
+        _write_manifest(stage, manifest)
+        manifest = replace(manifest, parity=verify(stage))
+        _write_manifest(stage, manifest)
+        write_model_card(stage, manifest)
+    return manifest
+
+
+def _write_graphs(slim: Checkpoint, schedule: Schedule, stage: Path) -> dict[Phase, Graph]:
+    from voidprune.export.onnx_graph import author_decode, author_prefill, graph_slots, save_graph
+
+    renumbered = schedule.on_slim_model(slim.identity)
+    graphs = {}
+    for phase, author in ((Phase.PREFILL, author_prefill), (Phase.DECODE, author_decode)):
+        graphs[phase] = Graph(file=f"{phase}.onnx", slots=graph_slots(renumbered, phase))
+        model = author(slim, renumbered)
+        model.metadata_props.update(
+            {
+                "voidprune.phase": str(phase),
+                "voidprune.slots": " ".join(str(schedule.kv_layers[slot]) for slot in graphs[phase].slots),
+            }
+        )
+        save_graph(model, stage / graphs[phase].file)
+    genai = describe_genai(slim, graphs, num_slots=len(schedule.kv_layers))
+    artifacts.write_file(stage / GENAI_FILE, artifacts.canonical_bytes(genai))
+    return graphs
+
+
+def _write_manifest(stage: Path, manifest: Manifest) -> None:
+    artifacts.write_file(stage / manifests.FILE, artifacts.canonical_bytes(manifest.to_document()), overwrite=True)

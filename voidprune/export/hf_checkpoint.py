@@ -1,0 +1,60 @@
+"""The slim Hugging Face checkpoint: kept layers renumbered, config remapped, everything else carried over.
+
+The output loads in stock `AutoModelForCausalLM` without remote code. Weights are byte ranges; see `models/checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from voidprune.errors import ModelError
+from voidprune.models.architecture import remap_config
+from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, copy_tensors, layer_tensor_order
+
+PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken",
+            "chat_template*", "LICENSE*", "NOTICE*")  # fmt: skip
+
+
+def write_slim_checkpoint(source: Checkpoint, kept: Sequence[int], folder: Path, *, precision: str = "keep") -> None:
+    """Write the checkpoint that holds only the layers `kept` (ascending, original numbers) into an existing folder.
+
+    `precision` is "keep" or a key of PRECISIONS. Raises ModelError, CheckpointError.
+    """
+    names = source.architecture.spec.tensors
+    if not source.architecture.tied_embeddings and f"{names.head}.weight" not in source.tensors:
+        raise ModelError(f"{source.folder} holds no {names.head}.weight, and its config does not tie the embeddings")
+    dtype = None if precision == "keep" else PRECISIONS[precision]
+    config = remap_config(source.config, source.architecture.spec, kept)
+    for key in ("dtype", "torch_dtype"):
+        if key in config and dtype is not None:
+            config[key] = _TORCH_DTYPES[dtype]
+    config.pop("auto_map", None)
+    copy_tensors(layer_tensor_order(source, kept), folder / WEIGHTS_FILE, dtype=dtype)
+    _write_json(folder / "config.json", config)
+    _write_generation_config(source.folder, folder)
+    for pattern in _CARRIED:
+        for file in sorted(source.folder.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _write_generation_config(source: Path, folder: Path) -> None:
+    """Carry it over; without `do_sample`, sampling parameters are dropped, because transformers refuses the combination."""
+    path = source / "generation_config.json"
+    if not path.is_file():
+        return
+    generation = json.loads(path.read_bytes())
+    if not generation.get("do_sample", False):
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            generation.pop(name, None)
+    _write_json(folder / "generation_config.json", generation)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")

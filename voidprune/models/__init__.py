@@ -1,0 +1,1 @@
+"""What a decoder LM is: families as data, checkpoints as bytes, and the one door to transformers."""

@@ -1,0 +1,1 @@
+"""From a model and a calibration set to a profile of its layers."""

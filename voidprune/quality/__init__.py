@@ -1,0 +1,1 @@
+"""Is the export right, how good is it, how fast is it."""

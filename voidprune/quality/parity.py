@@ -1,0 +1,130 @@
+"""Does an export equal its reference? Logits of prefill, decode steps and a second turn, at batch 1 and 2.
+
+The reference is the *source* model under the schedule; compared with it are the slim checkpoint in stock transformers under
+the renumbered schedule, and the graphs under onnxruntime. All are driven with the same token ids, so that one difference does
+not hide the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from voidprune.errors import ParityError
+from voidprune.execution.manifest import Parity, read_manifest
+from voidprune.execution.reference import ScheduledModel, decode_mask, scheduled
+from voidprune.execution.session import BundleSession
+from voidprune.models.checkpoint import open_checkpoint
+from voidprune.models.pretrained import load_model
+from voidprune.schedule import Schedule
+
+# Largest absolute difference of logits that counts as equal. 16-bit weights are compared in 16-bit arithmetic, whose
+# rounding (2^-11 and 2^-8 of a logit of about 20) differs with the order of sums.
+TOLERANCES = {"F32": 1e-4, "F16": 5e-2, "BF16": 5e-1}
+
+
+@dataclass(frozen=True)
+class Script:
+    """Token ids to drive a model with: `first_BT`, then the columns of `steps_BK` one by one, then `second_BU`."""
+
+    first_BT: np.ndarray  # type: ignore[type-arg]
+    steps_BK: np.ndarray  # type: ignore[type-arg]
+    second_BU: np.ndarray  # type: ignore[type-arg]
+
+
+def make_scripts(
+    vocab_size: int, *, seed: int = 0, num_steps: int = 4, lengths: Sequence[int] = (1, 2, 13), context_length: int
+) -> list[Script]:
+    """Random token ids: prompts of each length at batch 1 and 2, and a second turn of three tokens."""
+    random = np.random.default_rng(seed)
+    scripts = []
+    for rows in (1, 2):
+        for length in lengths:
+            if length + num_steps + 3 <= context_length:
+                shapes = [(rows, length), (rows, num_steps), (rows, 3)]
+                scripts.append(Script(*(random.integers(0, vocab_size, shape) for shape in shapes)))
+    return scripts
+
+
+def run_reference(model: ScheduledModel, script: Script) -> np.ndarray:  # type: ignore[type-arg]
+    """Logits after the prompt, after each step, and after the second turn, [2 + K, B, V], cached as a runtime would."""
+    boundary, cache, logits = model.schedule.boundary, DynamicCache(), []
+
+    def advance(tokens_BT: np.ndarray, is_decode: list[bool]) -> None:  # type: ignore[type-arg]
+        ids_BT = torch.from_numpy(tokens_BT)
+        is_decode_BT = torch.tensor(is_decode).expand_as(ids_BT)
+        step = model.forward(ids_BT, is_decode_BT=is_decode_BT, cache=cache, last_only=True)
+        logits.append(step[:, -1].float().cpu().numpy())
+
+    num_first, num_second = script.first_BT.shape[1], script.second_BU.shape[1]
+    advance(script.first_BT, decode_mask(num_first, num_first, boundary))
+    for column in range(script.steps_BK.shape[1]):
+        advance(script.steps_BK[:, column : column + 1], [True])
+    if not model.schedule.single_turn:
+        advance(script.second_BU, decode_mask(num_second, num_second, boundary))
+    return np.stack(logits)
+
+
+def run_session(session: BundleSession, script: Script) -> np.ndarray:  # type: ignore[type-arg]
+    """The same, by onnxruntime."""
+    widths = (script.first_BT.shape[1], script.steps_BK.shape[1], script.second_BU.shape[1])
+    conversation = session.start(len(script.first_BT), max_positions=sum(widths))
+    logits = [conversation.prefill(script.first_BT.tolist())]
+    for column in range(script.steps_BK.shape[1]):
+        logits.append(conversation.decode(script.steps_BK[:, column : column + 1])[:, -1])
+    if not session.manifest.schedule.single_turn:
+        logits.append(conversation.prefill(script.second_BU.tolist()))
+    return np.stack(logits).astype(np.float32)
+
+
+def check_bundle(
+    folder: Path, *, source: PreTrainedModel, schedule: Schedule, provider: str = "cpu", seed: int = 0
+) -> Parity:
+    """Compare a staged or finished bundle with its source. Raises ParityError, saying what differs and by how much.
+
+    The source is loaded by the caller, in the dtype of the bundle, because it may serve several checks.
+    """
+    manifest = read_manifest(folder)
+    slim = open_checkpoint(folder)
+    tolerance = TOLERANCES[manifest.dtype]
+    scripts = make_scripts(slim.architecture.vocab_size, seed=seed, context_length=slim.architecture.context_length)
+    with scheduled(source, schedule) as reference:
+        expected = [run_reference(reference, script) for script in scripts]
+    dtype = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[manifest.dtype]
+    slim_model = load_model(folder, dtype=dtype, device=str(source.device))
+    with scheduled(slim_model, schedule.on_slim_model(slim.identity)) as copy:
+        hf = _largest_difference(lambda script: run_reference(copy, script), scripts, expected)
+    _require(hf, tolerance, what="the slim checkpoint in transformers")
+    onnx = None
+    if manifest.graphs:
+        session = BundleSession(folder, provider=provider)
+        onnx = _largest_difference(lambda script: run_session(session, script), scripts, expected)
+        _require(onnx, tolerance, what=f"the ONNX graphs on {provider}")
+    return Parity(
+        hf=hf,
+        onnx=onnx,
+        tolerance=tolerance,
+        num_prompts=len(scripts),
+        num_decode_steps=scripts[0].steps_BK.shape[1],
+    )
+
+
+def _largest_difference(
+    run: Callable[[Script], np.ndarray],  # type: ignore[type-arg]
+    scripts: Sequence[Script],
+    expected: Sequence[np.ndarray],  # type: ignore[type-arg]
+) -> float:
+    return max(float(np.abs(run(script) - wanted).max()) for script, wanted in zip(scripts, expected, strict=True))
+
+
+def _require(difference: float, tolerance: float, *, what: str) -> None:
+    if not difference <= tolerance:  # NaN fails too
+        raise ParityError(
+            f"the logits of {what} differ from the reference by {difference:.3g}; allowed is {tolerance:.3g}",
+            hint="nothing was written; please report this with the model's config.json",
+        )
