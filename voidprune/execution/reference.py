@@ -68,7 +68,7 @@ class ScheduledModel:
         device = self.model.device
         self._is_decode_BT = is_decode_BT.to(device)
         with torch.inference_mode():
-            return self.model(
+            logits_BTV: Tensor = self.model(
                 input_ids=input_ids_BT.to(device),
                 attention_mask=attention_mask_BS.to(device),
                 position_ids=position_ids_BS[:, -input_ids_BT.shape[1] :].to(device),
@@ -76,6 +76,7 @@ class ScheduledModel:
                 use_cache=cache is not None,
                 logits_to_keep=1 if last_only else 0,
             ).logits
+        return logits_BTV
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_tokens: Sequence[int] = ()

@@ -26,7 +26,7 @@ from voidprune.schedule import Boundary, Phase
 
 Array = np.ndarray[Any, Any]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_NUMPY_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY_DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class BundleSession:
@@ -47,7 +47,7 @@ class BundleSession:
         self.boundary = self.manifest.schedule.boundary
         decode = self.sessions[Phase.DECODE]
         self.vocab_size = int(decode.get_outputs()[0].shape[-1])
-        self.dtype: type[np.floating[Any]] = _NUMPY_DTYPES[decode.get_outputs()[0].type]
+        self.dtype = _NUMPY_DTYPES[decode.get_outputs()[0].type]
 
     def start(self, num_rows: int = 1, *, max_positions: int) -> Conversation:
         """Empty K/V buffers for `num_rows` token sequences of at most `max_positions` tokens each."""

@@ -21,9 +21,11 @@ Dead parts are never emitted: prefill of the tokens before the last ends with th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -124,7 +126,7 @@ class _Author:
         self.slot_of = {schedule.kv_layers[slot]: slot for slot in self.slots}
         self.input_ids = _value("input_ids", ir.DataType.INT64, ["batch", "tokens"])
         self.attention_mask = _value("attention_mask", ir.DataType.INT64, ["batch", "total"])
-        cache = ["batch", self.architecture.num_kv_heads, "positions", self.architecture.head_dim]
+        cache: list[int | str] = ["batch", self.architecture.num_kv_heads, "positions", self.architecture.head_dim]
         self.cache = {
             slot: (
                 _value(f"past_key_values.{slot}.key", self.dtype, cache),
@@ -361,7 +363,7 @@ class _Author:
     ) -> ir.Value:
         return self.tape.op(op_type, inputs, attributes, domain=domain)  # type: ignore[arg-type]
 
-    def constant(self, name: str, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
         if name not in self.weights:
             self.weights[name] = self.tape.initializer(ir.tensor(array, name=name), name)
         return self.weights[name]
@@ -383,7 +385,7 @@ class _Author:
         if label not in self.weights:
             records = [self._record(name) for name in names]
             first = records[0]
-            for before, after in zip(records, records[1:], strict=False):
+            for before, after in itertools.pairwise(records):
                 assert before.offset + before.num_bytes == after.offset, f"{after.name} does not follow {before.name}"
             tensor = ir.ExternalTensor(
                 first.file.name,

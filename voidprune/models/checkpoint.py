@@ -234,7 +234,9 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     import ml_dtypes
     import numpy as np
 
-    return np.dtype({"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype])
+    types: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    found: np.dtype[Any] = np.dtype(types[dtype])
+    return found
 
 
 def copy_tensors(

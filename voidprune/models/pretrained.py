@@ -22,14 +22,15 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
     """A stock `AutoModelForCausalLM` in evaluation mode. No remote code. Raises ModelError."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[dtype]), local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, DTYPES[dtype]), local_files_only=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
-    return model.to(device).eval()
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from voidprune.models.checkpoint import open_checkpoint
 from voidprune.models.pretrained import load_model
 from voidprune.schedule import Schedule
 
+Array = np.ndarray[Any, Any]
+
 # Largest absolute difference of logits that counts as equal. 16-bit weights are compared in 16-bit arithmetic, whose
 # rounding (2^-11 and 2^-8 of a logit of about 20) differs with the order of sums.
 TOLERANCES = {"F32": 1e-4, "F16": 5e-2, "BF16": 5e-1}
@@ -32,9 +35,9 @@ TOLERANCES = {"F32": 1e-4, "F16": 5e-2, "BF16": 5e-1}
 class Script:
     """Token ids to drive a model with: `first_BT`, then the columns of `steps_BK` one by one, then `second_BU`."""
 
-    first_BT: np.ndarray  # type: ignore[type-arg]
-    steps_BK: np.ndarray  # type: ignore[type-arg]
-    second_BU: np.ndarray  # type: ignore[type-arg]
+    first_BT: Array
+    steps_BK: Array
+    second_BU: Array
 
 
 def make_scripts(
@@ -51,11 +54,11 @@ def make_scripts(
     return scripts
 
 
-def run_reference(model: ScheduledModel, script: Script) -> np.ndarray:  # type: ignore[type-arg]
+def run_reference(model: ScheduledModel, script: Script) -> Array:
     """Logits after the prompt, after each step, and after the second turn, [2 + K, B, V], cached as a runtime would."""
     boundary, cache, logits = model.schedule.boundary, DynamicCache(), []
 
-    def advance(tokens_BT: np.ndarray, is_decode: list[bool]) -> None:  # type: ignore[type-arg]
+    def advance(tokens_BT: Array, is_decode: list[bool]) -> None:
         ids_BT = torch.from_numpy(tokens_BT)
         is_decode_BT = torch.tensor(is_decode).expand_as(ids_BT)
         step = model.forward(ids_BT, is_decode_BT=is_decode_BT, cache=cache, last_only=True)
@@ -70,7 +73,7 @@ def run_reference(model: ScheduledModel, script: Script) -> np.ndarray:  # type:
     return np.stack(logits)
 
 
-def run_session(session: BundleSession, script: Script) -> np.ndarray:  # type: ignore[type-arg]
+def run_session(session: BundleSession, script: Script) -> Array:
     """The same, by onnxruntime."""
     widths = (script.first_BT.shape[1], script.steps_BK.shape[1], script.second_BU.shape[1])
     conversation = session.start(len(script.first_BT), max_positions=sum(widths))
@@ -115,9 +118,9 @@ def check_bundle(
 
 
 def _largest_difference(
-    run: Callable[[Script], np.ndarray],  # type: ignore[type-arg]
+    run: Callable[[Script], Array],
     scripts: Sequence[Script],
-    expected: Sequence[np.ndarray],  # type: ignore[type-arg]
+    expected: Sequence[Array],
 ) -> float:
     return max(float(np.abs(run(script) - wanted).max()) for script, wanted in zip(scripts, expected, strict=True))
 

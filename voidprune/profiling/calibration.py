@@ -1,0 +1,190 @@
+"""A dataset file becomes samples: token ids with a boundary between prompt and response.
+
+Two kinds of file are read. JSONL: each line is an object of one of these shapes, other keys ignored:
+
+    {"prompt": ..., "response": ..., "answer": ..., "task": ...}    only prompt is required
+    {"messages": [{"role": "user", "content": ...}, ...]}           a closing assistant message is the response
+    {"instruction": ..., "input": ..., "output": ...}               input and output may be absent
+    {"text": ...}                                                   plain text, no chat template
+
+Anything else is read as plain text, one sample a paragraph. Prompts and messages go through the model's chat template where it
+has one. Plain text is cut in the middle: the first half of its tokens is the prompt, the second half the response.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from voidprune.errors import DatasetError
+from voidprune.models.pretrained import Message, encode_chat, encode_response, encode_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHAPES = "prompt, messages, instruction or text"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample before tokenization. Either `messages` or `text` is set; `place` says where it came from, for errors."""
+
+    place: str
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    response: str | None = None
+    answer: str | None = None
+    group: str = "default"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of a prompt, and of a response where there is one. `answer` is what a right response ends with."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...] | None
+    answer: str | None
+    group: str
+    place: str
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All samples of a file. Raises DatasetError naming the line."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
+    if path.suffix in (".jsonl", ".ndjson"):
+        lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
+        rows = [_parse_line(line, group=path.stem, place=f"{path}, line {number}") for number, line in lines]
+    else:
+        paragraphs = [paragraph.strip() for paragraph in content.split("\n\n")]
+        rows = [
+            Row(place=f"{path}, paragraph {number}", text=paragraph, group=path.stem)
+            for number, paragraph in enumerate(paragraphs, start=1)
+            if paragraph
+        ]
+    if not rows:
+        raise DatasetError(f"{path} holds no samples", hint=f"give JSONL with {SHAPES}, or plain text")
+    return rows
+
+
+def default_rows() -> list[Row]:
+    """The calibration prompts that ship with the package: varied instructions, without responses."""
+    content = resources.files("voidprune.profiling").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+    return [
+        _parse_line(line, group="default", place=f"built-in prompts, line {number}")
+        for number, line in enumerate(content.splitlines(), start=1)
+    ]
+
+
+def _parse_line(line: str, *, group: str, place: str) -> Row:
+    try:
+        document = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{place} is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(document, dict):
+        raise DatasetError(f"{place} is not a JSON object", hint=f"give an object with {SHAPES}")
+
+    def text_of(key: str) -> str | None:
+        value = document.get(key)
+        if value is not None and not isinstance(value, str):
+            raise DatasetError(f"{place}: {key} is not a text")
+        return value
+
+    answer, group = text_of("answer"), text_of("task") or group
+    if "messages" in document:
+        messages, response = _parse_messages(document["messages"], place=place)
+    elif (prompt := text_of("prompt")) is not None:
+        messages, response = ({"role": "user", "content": prompt},), text_of("response")
+    elif (instruction := text_of("instruction")) is not None:
+        content = "\n\n".join(part for part in (instruction, text_of("input")) if part)
+        messages, response = ({"role": "user", "content": content},), text_of("output")
+    elif (text := text_of("text")) is not None:
+        if not text.strip():
+            raise DatasetError(f"{place}: text is empty")
+        return Row(place=place, text=text, group=group)
+    else:
+        raise DatasetError(f"{place} has no {SHAPES}", hint="rename the field that holds the prompt to prompt")
+    if not any(message["content"].strip() for message in messages):
+        raise DatasetError(f"{place}: the prompt is empty")
+    return Row(place=place, messages=tuple(messages), response=response, answer=answer, group=group)
+
+
+def _parse_messages(value: Any, *, place: str) -> tuple[Sequence[Message], str | None]:
+    well_formed = isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    )
+    if not well_formed or not value:
+        raise DatasetError(f"{place}: messages is not a list of objects with role and content")
+    messages: list[Message] = [{"role": message["role"], "content": message["content"]} for message in value]
+    if messages[-1]["role"] != "assistant":
+        return messages, None
+    if len(messages) == 1:
+        raise DatasetError(f"{place}: messages holds a response but no prompt")
+    return messages[:-1], messages[-1]["content"]
+
+
+def encode_rows(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    end_tokens: Sequence[int],
+    max_length: int,
+    num_samples: int | None = None,
+) -> list[Sample]:
+    """Tokenize the first `num_samples` rows. Plain text is cut to `max_length` tokens.
+
+    Raises DatasetError for a prompt and response longer than `max_length` together, naming the line.
+    """
+    samples = []
+    for row in list(rows)[:num_samples]:
+        if row.text is not None:
+            tokens = encode_text(tokenizer, row.text)[:max_length]
+            if len(tokens) < 2:
+                raise DatasetError(f"{row.place} is shorter than two tokens")
+            middle = (len(tokens) + 1) // 2
+            prompt, response = tokens[:middle], tokens[middle:]
+        else:
+            prompt = encode_chat(tokenizer, row.messages)
+            response = [] if row.response is None else encode_response(tokenizer, row.response, end=end_tokens)
+            if len(prompt) + len(response) > max_length:
+                raise DatasetError(
+                    f"{row.place} has {len(prompt) + len(response)} tokens; the longest allowed is {max_length}",
+                    hint="shorten it, or raise --max-length",
+                )
+        samples.append(
+            Sample(
+                prompt=tuple(prompt),
+                response=tuple(response) or None,
+                answer=row.answer,
+                group=row.group,
+                place=row.place,
+            )
+        )
+    return samples
+
+
+def require_responses(samples: Sequence[Sample]) -> None:
+    """Raise DatasetError at the first sample without a response."""
+    for sample in samples:
+        if sample.response is None:
+            raise DatasetError(
+                f"{sample.place} has no response", hint="add one, or let the model answer: --responses generate"
+            )
+
+
+def fingerprint_samples(samples: Iterable[Sample]) -> str:
+    """SHA-256 over the token ids of all samples, in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.prompt, sample.response]).encode())
+    return "sha256:" + digest.hexdigest()
