@@ -12,7 +12,7 @@ Shapes: B rows, T new tokens, M positions of the buffers, N K/V heads, H head si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,8 @@ class BundleSession:
         *,
         max_new_tokens: int,
         end_tokens: Sequence[int] = (),
-        on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
-        """Greedy responses, each up to and including its end token. `on_token(row, token)` is called as they come."""
+        """Greedy responses, each up to and including its end token. Rows are decoded together."""
         conversation = self.start(len(prompts), max_positions=max(map(len, prompts)) + max_new_tokens)
         responses: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
@@ -76,12 +75,21 @@ class BundleSession:
                 tokens_B = conversation.decode(tokens_B[:, np.newaxis])[:, -1].argmax(-1)
             for row in sorted(running):
                 responses[row].append(int(tokens_B[row]))
-                if on_token is not None:
-                    on_token(row, responses[row][-1])
             running = {row for row in running if responses[row][-1] not in end_tokens}
             if not running:
                 break
         return responses
+
+    def stream(self, prompt: Sequence[int], *, max_new_tokens: int, end_tokens: Sequence[int] = ()) -> Iterator[int]:
+        """The greedy response to one prompt, token by token, up to and including its end token."""
+        conversation = self.start(max_positions=len(prompt) + max_new_tokens)
+        token = int(conversation.prefill([prompt])[0].argmax())
+        for _ in range(max_new_tokens - 1):
+            yield token
+            if token in end_tokens:
+                return
+            token = int(conversation.decode(np.array([[token]]))[0, -1].argmax())
+        yield token
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]

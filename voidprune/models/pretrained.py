@@ -22,7 +22,9 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
     """A stock `AutoModelForCausalLM` in evaluation mode. No remote code. Raises ModelError."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, DTYPES[dtype]), local_files_only=True

@@ -14,6 +14,7 @@ from typing import Any
 
 from voidprune import artifacts
 from voidprune.errors import ArtifactError
+from voidprune.models.sizes import ModelSizes
 from voidprune.schedule import ModelIdentity, Phase
 
 KIND, VERSION = "profile", 1
@@ -92,9 +93,10 @@ class LacSettings:
 
 @dataclass(frozen=True)
 class Profile:
-    """Statistics of one model, by group (a dataset or task tag) and phase."""
+    """Statistics of one model, by group (a dataset or task tag) and phase; `sizes` lets a planner cost what it plans."""
 
     model: ModelIdentity
+    sizes: ModelSizes
     lac: LacSettings
     calibration: Calibration
     groups: Mapping[str, Mapping[Phase, LayerStatistics]]
@@ -118,6 +120,7 @@ class Profile:
         return {
             "schema": artifacts.schema_key(KIND, VERSION),
             "model": self.model.to_document(),
+            "sizes": self.sizes.to_document(),
             "lac": {"alpha": self.lac.alpha, "arithmetic": self.lac.arithmetic},
             "calibration": {
                 "num_samples": self.calibration.num_samples,
@@ -141,11 +144,12 @@ class Profile:
 
     @classmethod
     def from_document(cls, document: artifacts.Document, *, place: str) -> Profile:
-        artifacts.check_keys(document, required={"schema", "model", "lac", "calibration", "groups"}, place=place)
+        artifacts.check_keys(document, required={"schema", *cls.__dataclass_fields__}, place=place)
         try:
             calibration = dict(document["calibration"])
             return cls(
                 model=ModelIdentity.from_document(document["model"], place=place),
+                sizes=ModelSizes.from_document(document["sizes"], place=place),
                 lac=LacSettings(**document["lac"]),
                 calibration=Calibration(**{**calibration, "fingerprints": tuple(calibration["fingerprints"])}),
                 groups={
@@ -168,7 +172,7 @@ def _parse_statistics(document: Any) -> LayerStatistics:
 
 def merge_profiles(first: Profile, second: Profile) -> Profile:
     """Both calibration runs as one. Raises ArtifactError where models or settings differ."""
-    for attribute in ("model", "lac"):
+    for attribute in ("model", "sizes", "lac"):
         if getattr(first, attribute) != getattr(second, attribute):
             raise ArtifactError(f"profiles of different {attribute} cannot be merged")
     one, other = first.calibration, second.calibration
@@ -180,6 +184,7 @@ def merge_profiles(first: Profile, second: Profile) -> Profile:
         groups[name] = phases if mine is None else {phase: mine[phase] + phases[phase] for phase in Phase}
     return Profile(
         model=first.model,
+        sizes=first.sizes,
         lac=first.lac,
         calibration=Calibration(
             num_samples=one.num_samples + other.num_samples,

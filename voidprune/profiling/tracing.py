@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.families import find_family
+from voidprune.models.sizes import measure_sizes
 from voidprune.profiling.calibration import Sample, fingerprint_samples
 from voidprune.profiling.profile import Calibration, LacSettings, LayerStatistics, Profile, empty_statistics
-from voidprune.schedule import ModelIdentity, Phase
+from voidprune.schedule import Phase
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of samples and of tokens that were finished since the last call."""
@@ -120,7 +122,7 @@ def generate_responses(
 
 def trace_model(
     model: PreTrainedModel,
-    identity: ModelIdentity,
+    checkpoint: Checkpoint,
     samples: Sequence[Sample],
     *,
     responses: str,
@@ -129,11 +131,12 @@ def trace_model(
     batch_size: int = 8,
     on_progress: OnProgress | None = None,
 ) -> Profile:
-    """Measure every layer over samples that have responses.
+    """Measure every layer over samples that have responses; `checkpoint` is where `model` was loaded from.
 
     Prompt tokens count for prefill. Response tokens count for decode, except the last: it ends the response and is never fed
     back. `responses` ("generate" or "dataset") and `max_new_tokens` are written into the profile.
     """
+    identity = checkpoint.identity
     per_sample: dict[int, dict[Phase, LayerStatistics]] = {}
     norm_dtype = torch.float32 if lac.arithmetic == "float32" else model.dtype
     with _traced(model, norm_dtype=norm_dtype) as trace:
@@ -166,6 +169,7 @@ def trace_model(
             group[phase] += per_sample[index][phase]
     return Profile(
         model=identity,
+        sizes=measure_sizes(checkpoint),
         lac=lac,
         calibration=Calibration(
             num_samples=len(samples),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -155,12 +156,20 @@ def _peak_memory(folder: Path, provider: str, prompt_length: int, num_new_tokens
 
 
 def _report_memory(folder: str, provider: str, prompt_length: str, num_new_tokens: str) -> None:
-    import resource
-
     session = BundleSession(Path(folder), provider=provider)
     _time_once(session, _random_prompt(session, int(prompt_length), 0), int(num_new_tokens))
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"peak_resident_bytes": kilobytes * (1 if sys.platform == "darwin" else 1024)}))
+    print(json.dumps({"peak_resident_bytes": _largest_resident_set()}))
+
+
+def _largest_resident_set() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had before this process was started
+        kilobytes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert kilobytes is not None
+        return int(kilobytes[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":
