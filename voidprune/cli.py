@@ -288,7 +288,7 @@ def generate(
     from voidprune import pipeline
     from voidprune.schedule import read_schedule
 
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     schedule = None if schedule_file is None else read_schedule(schedule_file)
     for piece in pipeline.generate_text(
         model, text, schedule=schedule, raw=raw, max_new_tokens=max_new_tokens, provider=provider

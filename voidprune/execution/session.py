@@ -12,12 +12,14 @@ Shapes: B rows, T new tokens, M positions of the buffers, N K/V heads, H head si
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from voidprune.errors import CheckpointError, ContextLengthError, ModelError, RuntimeProviderError
 from voidprune.execution.manifest import Manifest, read_manifest
@@ -33,7 +35,10 @@ class BundleSession:
     """An exported bundle, loaded. `start` gives a conversation; `generate` and `score` are whole tasks."""
 
     def __init__(self, folder: Path, *, provider: str = "cpu", threads: int | None = None) -> None:
-        """Raises ModelError, CheckpointError (weights damaged), RuntimeProviderError (provider absent or unable)."""
+        """Load both graphs. With `threads`, each session gets a pool of that size; without, all share one of the process.
+
+        Raises ModelError, CheckpointError (weights damaged), RuntimeProviderError (provider absent or unable).
+        """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         if not self.manifest.graphs:
@@ -216,7 +221,12 @@ def _check_weights(folder: Path, manifest: Manifest) -> None:
 def _open_session(path: Path, *, provider: str, dtype: str, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if threads is not None:
+    if threads is None:
+        # Two sessions with pools of their own fight for the cores: a pool that waits for work spins.
+        with contextlib.suppress(Fail):  # the process has its shared pool already
+            ort.set_global_thread_pool_sizes(0, 1)
+        options.use_per_session_threads = False
+    else:
         options.intra_op_num_threads = threads
     if provider == "cpu" and dtype == "F32":
         # Packing copies every matrix, once a session; without it both sessions use the mapped file.

@@ -135,7 +135,7 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
 def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     """Read config and headers, and check that every tensor lies inside its file.
 
-    Raises ModelError where this is no model folder, CheckpointError where its weights are broken.
+    Raises ModelError where this is no model folder or of an unknown family, CheckpointError where its weights are broken.
     """
     config = _read_json(folder / "config.json", missing=f"{folder} holds no config.json")
     files = _weight_files(folder)
@@ -147,7 +147,25 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         if twice := tensors.keys() & records.keys():
             raise CheckpointError(f"{sorted(twice)[0]} is in {file.name} and in another shard of {folder}")
         tensors.update(records)
-    return Checkpoint(folder=folder, name=name or folder.resolve().name, config=config, tensors=tensors)
+    checkpoint = Checkpoint(folder=folder, name=name or folder.resolve().name, config=config, tensors=tensors)
+    _check_layers(checkpoint)
+    return checkpoint
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """Every layer that the config counts has tensors, and no other has."""
+    num_layers = checkpoint.architecture.num_layers
+    places = (checkpoint.architecture.spec.tensors.layer_of(name) for name in checkpoint.tensors)
+    found = {place[0] for place in places if place is not None}
+    if missing := set(range(num_layers)) - found:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds no tensor of layer {min(missing)}; its config counts {num_layers}"
+        )
+    if extra := found - set(range(num_layers)):
+        raise ModelError(
+            f"{checkpoint.folder} has tensors of layer {min(extra)}, beyond the {num_layers} layers of its config",
+            hint="layers for multi-token prediction are not supported: take a checkpoint without them",
+        )
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:

@@ -1,0 +1,139 @@
+"""Fixtures: tiny random models of every family, bundles made of them, and the trained models where they are present."""
+
+from __future__ import annotations
+
+import os
+
+# Read by huggingface_hub when it is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests.tiny_models import SHAPES, TinyModel, build_model
+from voidprune.execution.manifest import Manifest, Parity
+from voidprune.execution.session import BundleSession
+from voidprune.export.bundle import export_bundle
+from voidprune.models.checkpoint import open_checkpoint
+from voidprune.quality.parity import check_bundle
+from voidprune.schedule import LayerAction, Schedule
+
+TRAINED = Path(__file__).resolve().parents[2] / "shared" / "data" / "models"
+
+settings.register_profile(
+    "voidprune",
+    deadline=None,
+    max_examples=15,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+    database=None,
+    print_blob=True,
+)
+settings.load_profile("voidprune")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported and verified folder."""
+
+    source: TinyModel
+    schedule: Schedule
+    folder: Path
+    manifest: Manifest
+    session: BundleSession
+
+    @property
+    def parity(self) -> Parity:
+        assert self.manifest.parity is not None
+        return self.manifest.parity
+
+
+MakeBundle = Callable[[TinyModel, Schedule], Bundle]
+GetModel = Callable[[str], TinyModel]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """On matrices this small a second thread only costs."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _clean_working_directory(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Each test works in an empty folder and leaves it empty."""
+    folder = tmp_path_factory.mktemp("cwd")
+    monkeypatch.chdir(folder)
+    yield
+    assert not sorted(folder.iterdir()), "the test left files in the working directory"
+
+
+@pytest.fixture(scope="session")
+def get_model(tmp_path_factory: pytest.TempPathFactory) -> GetModel:
+    """The tiny model of a shape, built once. Read only."""
+    made: dict[str, TinyModel] = {}
+
+    def get(name: str) -> TinyModel:
+        if name not in made:
+            made[name] = build_model(name, tmp_path_factory.mktemp("models") / name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session", params=sorted(SHAPES))
+def tiny_model(request: pytest.FixtureRequest, get_model: GetModel) -> TinyModel:
+    """Every shape of every family in turn."""
+    return get_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama(get_model: GetModel) -> TinyModel:
+    return get_model("llama")
+
+
+@pytest.fixture(scope="session")
+def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
+    """The verified bundle of a model under a schedule, made once. Read only."""
+    made: dict[tuple[Path, tuple[LayerAction, ...], tuple[LayerAction, ...], str, bool], Bundle] = {}
+
+    def make(source: TinyModel, schedule: Schedule) -> Bundle:
+        key = (source.folder, schedule.prefill, schedule.decode, str(schedule.boundary), schedule.single_turn)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("bundles") / source.name
+            manifest = export_bundle(
+                source.checkpoint,
+                schedule,
+                folder,
+                verify=lambda stage: check_bundle(stage, source=source.model, schedule=schedule),
+            )
+            made[key] = Bundle(source, schedule, folder, manifest, BundleSession(folder, threads=1))
+        return made[key]
+
+    return make
+
+
+def _trained(name: str) -> TinyModel:
+    folder = TRAINED / name
+    if not folder.is_dir():
+        pytest.skip(f"the trained model {name} is not beside the repository")
+    assert open_checkpoint(folder).architecture.num_layers == 5
+    return TinyModel(name, folder)
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> TinyModel:
+    """A trained Llama of 260,000 parameters that tells stories."""
+    return _trained("stories260k")
+
+
+@pytest.fixture(scope="session")
+def babyllama() -> TinyModel:
+    """A trained Llama of a million parameters and a vocabulary of 105."""
+    return _trained("babyllama-105")

@@ -1,0 +1,152 @@
+"""`voidprune.json`: what is written is what is read, and a broken one is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import schedules
+from tests.test_schedule import GOLDEN_SCHEDULE, MODEL
+from voidprune import artifacts
+from voidprune.errors import ArtifactError, ModelError, ScheduleError
+from voidprune.execution.manifest import FILE, KIND, VERSION, Graph, Manifest, Parity, is_bundle, read_manifest
+from voidprune.schedule import Phase
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "bundle.json"
+MANIFEST = Manifest(
+    schedule=GOLDEN_SCHEDULE,
+    kept_layers=(0, 1, 2, 3),
+    slots=(0, 1, 2),
+    dtype="F32",
+    context_length=2048,
+    graphs={
+        Phase.PREFILL: Graph(file="prefill.onnx", slots=(0, 1, 2)),
+        Phase.DECODE: Graph(file="decode.onnx", slots=(0, 1, 2)),
+    },
+    source="org/model",
+    source_bytes=12345,
+    files={"config.json": "sha256:1", "model.safetensors": "sha256:2"},
+    sizes={"config.json": 600, "model.safetensors": 9000},
+    parity=Parity(hf=0.0, onnx=1.9073486328125e-06, tolerance=1e-4, num_prompts=6, num_decode_steps=4),
+    written_by="voidprune 0.1.0",
+)
+
+
+def test_file_is_byte_for_byte_the_golden_file(tmp_path: Path) -> None:
+    content = artifacts.canonical_bytes(MANIFEST.to_document())
+    assert content == GOLDEN.read_bytes()
+    (tmp_path / FILE).write_bytes(content)
+    assert is_bundle(tmp_path)
+    assert read_manifest(tmp_path) == MANIFEST
+
+
+@given(schedules(MODEL), st.booleans(), st.booleans())
+def test_round_trip(schedule: Any, with_graphs: bool, verified: bool) -> None:
+    manifest = dataclasses.replace(
+        MANIFEST,
+        schedule=schedule,
+        kept_layers=schedule.union,
+        slots=schedule.kv_layers,
+        graphs=MANIFEST.graphs if with_graphs else {},
+        parity=dataclasses.replace(MANIFEST.parity, onnx=None) if verified else None,  # type: ignore[type-var]
+    )
+    content = artifacts.canonical_bytes(manifest.to_document())
+    document = artifacts.parse_document(content, kind=KIND, version=VERSION, place="here")
+    assert Manifest.from_document(document, place="here") == manifest
+
+
+def test_folder_that_is_no_bundle(tmp_path: Path) -> None:
+    assert not is_bundle(tmp_path)
+    with pytest.raises(ModelError, match=r"is not a bundle: it holds no voidprune\.json") as caught:
+        read_manifest(tmp_path)
+    assert caught.value.hint == "write one with voidprune export"
+
+
+def change(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    def act(document: dict[str, Any]) -> None:
+        inner: Any = document
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+
+    return act
+
+
+def remove(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (remove("slots"), "here lacks slots"),
+        (change("colour", value="red"), "here has unknown keys: colour"),
+        (change("kept_layers", value=7), "here is broken"),
+        (change("graphs", value=[]), "here is broken"),
+        (change("graphs", value={"middle": {"file": "x", "slots": []}}), "here is broken"),
+        (change("graphs", "prefill", value={"file": "x"}), "here is broken"),
+        (change("graphs", "prefill", "slots", value=None), "here is broken"),
+        (change("graphs", "prefill", "file", value="../x.onnx"), r"names the file '\.\./x\.onnx', outside"),
+        (change("graphs", "prefill", "file", value="/x.onnx"), "outside of its folder"),
+        (change("graphs", "prefill", "file", value="sub/x.onnx"), "outside of its folder"),
+        (change("graphs", "prefill", "file", value=".."), "outside of its folder"),
+        (change("graphs", "prefill", "file", value=""), "outside of its folder"),
+        (change("graphs", "prefill", "file", value=None), "outside of its folder"),
+        (change("parity", value={"hf": 0.0}), "here is broken"),
+        (change("parity", value=[]), "here is broken"),
+        (change("files", value=3), "here is broken"),
+        (change("sizes", value="big"), "here is broken"),
+        (change("schedule", "colour", value=1), "here: schedule has unknown keys: colour"),
+        (change("schedule", "boundary", value="x"), "here: schedule: boundary is 'x'"),
+    ],
+)
+def test_hostile_documents_have_named_errors(act: Callable[[dict[str, Any]], None], message: str) -> None:
+    document = json.loads(GOLDEN.read_bytes())
+    act(document)
+    with pytest.raises(ArtifactError, match=message):
+        Manifest.from_document(document, place="here")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        change("schedule", value=[]),
+        change("kept_layers", value="abcd"),
+        change("kept_layers", value=[0, 1, 2, 7]),
+        change("slots", value=["0", "1", "2"]),
+        change("graphs", "decode", "slots", value=[0, 9]),
+        change("dtype", value=32),
+        change("dtype", value="F7"),
+        change("context_length", value="long"),
+        change("source_bytes", value=None),
+        change("sizes", value={"model.safetensors": "9000"}),
+        change("parity", "hf", value="small"),
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_type_or_range_are_refused(act: Callable[[dict[str, Any]], None]) -> None:
+    """They would surface later, as a traceback far from the file that is to blame."""
+    document = json.loads(GOLDEN.read_bytes())
+    act(document)
+    with pytest.raises(ArtifactError):
+        Manifest.from_document(document, place="here")
+
+
+def test_broken_rule_of_the_schedule_names_the_place() -> None:
+    document = json.loads(GOLDEN.read_bytes())
+    document["schedule"]["prefill"][1] = "skip"
+    with pytest.raises(ScheduleError, match=r"layer 1 attends in decode .* \(here: schedule\)"):
+        Manifest.from_document(document, place="here")
+
+
+def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(artifacts.canonical_bytes(GOLDEN_SCHEDULE.to_document()))
+    with pytest.raises(ArtifactError, match="is not a bundle: its schema is 'voidprune.schedule/1'"):
+        read_manifest(tmp_path)

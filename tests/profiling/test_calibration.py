@@ -1,0 +1,130 @@
+"""Dataset files: the shapes that are read, the boundary between prompt and response, and errors that name the line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from voidprune.errors import DatasetError
+from voidprune.models.pretrained import end_tokens, load_tokenizer
+from voidprune.pipeline import demo_folder
+from voidprune.profiling.calibration import (
+    default_rows,
+    encode_rows,
+    fingerprint_samples,
+    read_rows,
+    require_responses,
+)
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_every_shape_is_read(tmp_path: Path) -> None:
+    rows = read_rows(
+        write(
+            tmp_path / "data.jsonl",
+            '{"prompt": "p", "response": "r", "answer": "a", "task": "t", "id": 7}',
+            '{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]}',
+            '{"messages": [{"role": "user", "content": "p"}]}',
+            "",
+            '{"instruction": "do", "input": "this", "output": "r"}',
+            '{"text": "plain words"}',
+        )
+    )
+    assert [row.response for row in rows] == ["r", "r", None, "r", None]
+    assert (rows[0].answer, rows[0].group) == ("a", "t")
+    assert rows[3].messages == ({"role": "user", "content": "do\n\nthis"},)
+    assert rows[4].text == "plain words"
+    assert rows[4].group == "data"
+    assert rows[4].place.endswith("line 6")
+
+
+def test_a_text_file_is_cut_at_empty_lines(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path / "data.txt", "one", "still one", "", "", "two"))
+    assert [row.text for row in rows] == ["one\nstill one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is not a JSON object"),
+        ('{"question": "p"}', "line 2 has no prompt, messages, instruction or text"),
+        ('{"prompt": 3}', "line 2: prompt is not a text"),
+        ('{"prompt": " "}', "line 2: the prompt is empty"),
+        ('{"text": ""}', "line 2: text is empty"),
+        ('{"messages": []}', "line 2: messages is not a list"),
+        ('{"messages": [{"role": "user"}]}', "line 2: messages is not a list"),
+        ('{"messages": [{"role": "assistant", "content": "r"}]}', "line 2: messages holds a response but no prompt"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        read_rows(write(tmp_path / "data.jsonl", '{"prompt": "fine"}', line))
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DatasetError, match="holds no samples"):
+        read_rows(write(tmp_path / name, ""))
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="cannot read"):
+        read_rows(tmp_path / "absent.jsonl")
+    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        read_rows(tmp_path / "data.jsonl")
+
+
+def test_chat_template_and_boundary(tmp_path: Path) -> None:
+    tokenizer, ends = load_tokenizer(demo_folder()), end_tokens(demo_folder())
+    rows = read_rows(write(tmp_path / "data.jsonl", '{"prompt": "Sort: 3, 1", "response": "Answer: 1, 3"}'))
+    (sample,) = encode_rows(rows, tokenizer, end_tokens=ends, max_length=128)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Sort: 3, 1"}, {"role": "assistant", "content": "Answer: 1, 3"}], tokenize=False
+    )
+    assert sample.response is not None
+    assert tokenizer.decode(list(sample.prompt + sample.response)) == whole.strip()
+    assert sample.prompt.count(tokenizer.bos_token_id) == 1
+    assert sample.response[-1] == ends[0]
+    assert tokenizer.decode(list(sample.response[:-1])) == "Answer: 1, 3"
+
+
+def test_plain_text_is_cut_in_the_middle(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(demo_folder())
+    rows = read_rows(write(tmp_path / "data.jsonl", '{"text": "Jack visits Oslo. Ben visits Dublin."}'))
+    whole = tokenizer("Jack visits Oslo. Ben visits Dublin.")["input_ids"]
+    (sample,) = encode_rows(rows, tokenizer, end_tokens=(), max_length=128)
+    assert sample.response is not None
+    assert list(sample.prompt + sample.response) == whole
+    assert 0 <= len(sample.prompt) - len(sample.response) <= 1
+    (cut,) = encode_rows(rows, tokenizer, end_tokens=(), max_length=4)
+    assert list(cut.prompt + (cut.response or ())) == whole[:4]
+
+
+def test_what_is_too_long_or_without_response_is_named(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(demo_folder())
+    rows = read_rows(write(tmp_path / "data.jsonl", '{"prompt": "Sort: 3, 1"}'))
+    with pytest.raises(DatasetError, match="line 1 has .* tokens; the longest allowed is 3"):
+        encode_rows(rows, tokenizer, end_tokens=(), max_length=3)
+    samples = encode_rows(rows, tokenizer, end_tokens=(), max_length=100)
+    with pytest.raises(DatasetError, match="line 1 has no response"):
+        require_responses(samples)
+
+
+def test_the_built_in_prompts_differ() -> None:
+    rows = default_rows()
+    assert len({row.messages[0]["content"] for row in rows}) == len(rows) >= 64
+
+
+def test_the_fingerprint_sees_tokens_and_boundary(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(demo_folder())
+    rows = read_rows(write(tmp_path / "data.jsonl", '{"text": "Jack visits Oslo."}', '{"text": "Ben visits Dublin."}'))
+    samples = encode_rows(rows, tokenizer, end_tokens=(), max_length=100)
+    assert fingerprint_samples(samples) == fingerprint_samples(list(samples))
+    assert fingerprint_samples(samples) != fingerprint_samples(samples[::-1])

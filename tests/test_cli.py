@@ -1,0 +1,243 @@
+"""The command line as a user meets it: the happy path, every bad input, exit codes, help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from voidprune import artifacts
+from voidprune.cli import main
+from voidprune.pipeline import demo_folder
+from voidprune.schedule import full_schedule, write_schedule
+
+GOLDEN = Path(__file__).parent / "golden"
+COMMANDS = ("profile", "plan", "export", "generate", "show", "families", "eval", "bench", "report", "demo")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def expect_error(*arguments: object, message: str, code: int = 1) -> Result:
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    error, hint = result.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert hint.startswith("hint: ")
+    return result
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The happy path on the demo model: profile, plan, export."""
+    folder = tmp_path_factory.mktemp("results")
+    steps = [
+        (
+            "profile",
+            "demo",
+            "-o",
+            folder / "profile.json",
+            "--num-samples",
+            6,
+            "--max-new-tokens",
+            8,
+            "--device",
+            "cpu",
+        ),
+        ("plan", folder / "profile.json", "-o", folder / "schedule.json", "--keep-prefill", 0.5, "--keep-decode", 0.8),
+        ("export", "demo", "-o", folder / "slim", "--schedule", folder / "schedule.json", "--provider", "cpu"),
+    ]
+    for step in steps:
+        result = invoke(*step)
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_the_happy_path_leaves_what_it_says(results: Path) -> None:
+    names = {path.name for path in (results / "slim").iterdir()}
+    assert names >= {
+        "README.md",
+        "config.json",
+        "decode.onnx",
+        "genai_config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "prefill.onnx",
+        "tokenizer.json",
+        "voidprune.json",
+    }
+    assert sorted(path.name for path in results.iterdir() if path.suffix == ".json") == [
+        "profile.json",
+        "schedule.json",
+    ]
+
+
+def test_the_exported_folder_loads_in_stock_transformers_without_us(results: Path) -> None:
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model, report = AutoModelForCausalLM.from_pretrained({str(results / 'slim')!r}, output_loading_info=True)\n"
+        f"AutoTokenizer.from_pretrained({str(results / 'slim')!r})\n"
+        "assert not report['missing_keys'] and not report['unexpected_keys'], report\n"
+        "assert 'voidprune' not in sys.modules\n"
+        "print(model.config.num_hidden_layers)"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    manifest = json.loads((results / "slim" / "voidprune.json").read_bytes())
+    assert int(finished.stdout) == len(manifest["kept_layers"])
+
+
+def test_generate_streams_the_same_text_from_bundle_and_reference(results: Path) -> None:
+    prompt = "Sort from smallest to largest: 91, 97, 73"
+    bundle = invoke("generate", results / "slim", "--prompt", prompt, "--max-new-tokens", 12, "--provider", "cpu")
+    torch = invoke(
+        "generate", "demo", "--schedule", results / "schedule.json", "--prompt", prompt, "--max-new-tokens", 12
+    )
+    assert bundle.exit_code == torch.exit_code == 0
+    assert bundle.stdout == torch.stdout
+
+
+def test_eval_bench_and_report(results: Path, tmp_path: Path) -> None:
+    evaluated = invoke(
+        "eval", results / "slim", "--baseline", "demo", "--num-samples", 3, "--provider", "cpu",
+        "-o", tmp_path / "evaluation.json", "--json",
+    )  # fmt: skip
+    assert evaluated.exit_code == 0, evaluated.output
+    document = json.loads(evaluated.stdout)
+    assert document == json.loads((tmp_path / "evaluation.json").read_bytes())
+    assert list(document["runners"]) == ["whole model", "reference", "onnx"]
+    assert document["runners"]["reference"]["accuracy"] == document["runners"]["onnx"]["accuracy"]
+    timed = invoke(
+        "bench", results / "slim", "--baseline", "demo", "--prompt-length", 6, "--new-tokens", 2, "--rounds", 2,
+        "--provider", "cpu", "-o", tmp_path / "benchmark.json",
+    )  # fmt: skip
+    assert timed.exit_code == 0, timed.output
+    assert "whole model" in timed.stdout
+    rendered = invoke("report", tmp_path, "-o", tmp_path / "report.html")
+    assert rendered.exit_code == 0, rendered.output
+    assert "time per output token" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["profile.json", "schedule.json", "slim"])
+def test_show(results: Path, name: str) -> None:
+    assert invoke("show", results / name).exit_code == 0
+    document = json.loads(invoke("show", results / name, "--json").stdout)
+    assert document["schema"].startswith("voidprune.")
+
+
+def test_plan_prints_costs_and_a_dry_run_writes_nothing(results: Path, tmp_path: Path) -> None:
+    result = invoke("plan", results / "profile.json", "-o", tmp_path / "s.json", "--keep", 0.5, "--dry-run")
+    assert result.exit_code == 0
+    assert "K/V a token" in result.stdout
+    assert "decode: read a token" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_plans_by_itself(tmp_path: Path) -> None:
+    result = invoke(
+        "export", "demo", "-o", tmp_path / "slim", "--keep", 0.3, "--criterion", "last-n", "--provider", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "slim" / "voidprune.json").read_bytes())
+    layers = manifest["schedule"]["model"]["num_layers"]
+    assert len(manifest["kept_layers"]) == max(1, int(0.3 * layers + 0.5))
+    assert manifest["parity"]["onnx"] <= manifest["parity"]["tolerance"]
+
+
+# ---- bad input
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    expect_error("profile", tmp_path / "absent", "-o", tmp_path / "p.json", message="no model at")
+
+
+def test_empty_folder_is_no_model(tmp_path: Path) -> None:
+    expect_error("export", tmp_path, "-o", tmp_path / "out", "--keep", 0.5, message="holds no config.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_family(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2}')
+    expect_error(
+        "export", tmp_path, "-o", tmp_path / "out", "--keep", 0.5, message="model_type 'mamba' is not supported"
+    )
+
+
+@pytest.mark.parametrize("keep", ["0", "1.5", "-1", "nan"])
+def test_keep_ratio_outside(keep: str, tmp_path: Path) -> None:
+    expect_error("export", "demo", "-o", tmp_path / "out", "--keep", keep, message="outside of (0, 1]")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_budget_is_a_usage_error(results: Path, tmp_path: Path) -> None:
+    for arguments in (("plan", results / "profile.json"), ("export", "demo")):
+        result = invoke(*arguments, "-o", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "say how many layers to keep" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no samples"), ('{"prompt": "a"}\n{oops\n', "line 2 is not JSON")]
+)
+def test_bad_calibration_file(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(content)
+    expect_error("profile", "demo", "-o", tmp_path / "p.json", "--dataset", tmp_path / "data.jsonl", message=message)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_schedule_of_another_model(tmp_path: Path) -> None:
+    from voidprune.schedule import ModelIdentity
+
+    write_schedule(tmp_path / "schedule.json", full_schedule(ModelIdentity("other", "llama", 7, "sha256:0")))
+    arguments = ("--schedule", tmp_path / "schedule.json")
+    expect_error(
+        "export", "demo", "-o", tmp_path / "out", *arguments, message="is for other (llama, 7 layers), not for"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["schedule.json"]
+
+
+def test_existing_output_is_never_overwritten_unasked(results: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    expect_error("export", "demo", "-o", tmp_path / "out", "--keep", 0.5, message="exists")
+    expect_error("plan", results / "profile.json", "-o", results / "schedule.json", "--keep", 0.5, message="exists")
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_broken_artefacts(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_bytes(artifacts.canonical_bytes({"schema": "voidprune.profile/99"}))
+    expect_error("plan", tmp_path / "profile.json", "-o", tmp_path / "s.json", "--keep", 0.5, message="reads format 1")
+
+
+def test_eval_of_an_unknown_task() -> None:
+    expect_error("eval", "demo", "--tasks", "nonsense", message="no task or file nonsense")
+
+
+# ---- help
+
+
+def test_help_has_not_changed() -> None:
+    texts = [invoke("--help").stdout, *(invoke(command, "--help").stdout for command in COMMANDS)]
+    assert "\n".join(texts) == (GOLDEN / "help.txt").read_text()
+
+
+def test_the_command_line_starts_without_anything_heavy() -> None:
+    script = "import sys, voidprune.cli; print([m for m in ('torch', 'transformers', 'numpy', 'onnx', 'rich') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_families_are_listed() -> None:
+    from voidprune.models.families import FAMILIES
+
+    lines = invoke("families").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(FAMILIES)
+
+
+def test_the_demo_model_is_small_enough() -> None:
+    assert sum(path.stat().st_size for path in demo_folder().iterdir()) < 10_000_000

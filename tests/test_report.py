@@ -1,0 +1,94 @@
+"""The report: complete, self-contained, and well-formed."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.profiling.test_profile import make_profile
+from voidprune import artifacts
+from voidprune.errors import ArtifactError
+from voidprune.planning.planner import plan_schedule
+from voidprune.profiling.profile import write_profile
+from voidprune.report import collect_findings, render_report
+from voidprune.schedule import Phase, write_schedule
+
+VOID_ELEMENTS = {"meta", "rect", "br"}
+
+
+class Balance(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID_ELEMENTS:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID_ELEMENTS:
+            assert self.open.pop() == tag
+
+
+def evaluation() -> artifacts.Document:
+    def runner(share: float) -> artifacts.Document:
+        accuracy = {"num_right": 1, "num_items": 2, "share": share, "interval": [0.1, 0.9]}
+        return {"perplexity": 2.5, "num_scored": 9, "accuracy": {"sorting": accuracy}}
+
+    return {
+        "schema": "voidprune.evaluation/1",
+        "dataset": "<demo>",
+        "runners": {"whole model": runner(0.5), "onnx": runner(0.25)},
+        "different_responses": 0,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    profile = make_profile()
+    write_profile(tmp_path / "profile.json", profile)
+    keep = {Phase.PREFILL: 0.5, Phase.DECODE: 1.0}
+    write_schedule(tmp_path / "schedule.json", plan_schedule(profile.model, profile, criterion="lac", keep=keep))
+    artifacts.write_file(tmp_path / "evaluation.json", artifacts.canonical_bytes(evaluation()))
+    (tmp_path / "unrelated.json").write_text("[1, 2]")
+    return tmp_path
+
+
+def test_the_page_is_complete_and_well_formed(folder: Path) -> None:
+    page = render_report(folder)
+    balance = Balance()
+    balance.feed(page)
+    balance.close()
+    assert balance.open == []
+    assert "&lt;demo&gt;" in page
+    assert "<demo>" not in page
+    for text in ("25.0 %", "Layers by phase", "Predicted costs", "sha256:default1"):
+        assert text in page
+
+
+def test_the_page_asks_nobody_for_anything(folder: Path) -> None:
+    page = render_report(folder)
+    assert re.findall(r"(?:src|href)=|url\(|@import|<script|<link", page) == []
+
+
+def test_the_heat_map_has_a_cell_for_every_layer_phase_and_measure(folder: Path) -> None:
+    page = render_report(folder)
+    assert page.count('class="heat"') == 2 * 2 * 3
+    assert page.count('class="cached"') == 1
+
+
+def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
+    artifacts.write_file(tmp_path / "evaluation.json", artifacts.canonical_bytes(evaluation()))
+    page = render_report(tmp_path)
+    assert "Quality" in page
+    assert "Layers by phase" not in page
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no results"):
+        collect_findings(tmp_path)
+    with pytest.raises(ArtifactError, match="not a folder"):
+        collect_findings(tmp_path / "absent")
