@@ -120,7 +120,7 @@ def test_hint_says_which_side_is_old() -> None:
 def test_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"cannot read .*absent\.json: No such file"):
         artifacts.read_document(tmp_path / "absent.json", kind="thing", version=1)
-    with pytest.raises(ArtifactError, match="cannot read .*: Is a directory"):
+    with pytest.raises(ArtifactError, match=r"cannot read .*: Is a directory"):
         artifacts.read_document(tmp_path, kind="thing", version=1)
 
 
@@ -187,9 +187,13 @@ def test_staged_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, Interrupted])
 def test_staged_folder_vanishes_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), artifacts.staged_folder(tmp_path / "out") as stage:
-        (stage / "file").write_text("x")
-        raise error
+    def build() -> None:
+        with artifacts.staged_folder(tmp_path / "out") as stage:
+            (stage / "file").write_text("x")
+            raise error
+
+    with pytest.raises(error):
+        build()
     assert names(tmp_path) == []
 
 
@@ -231,9 +235,14 @@ def test_old_folder_survives_a_failed_overwrite(tmp_path: Path) -> None:
     final = tmp_path / "out"
     final.mkdir()
     (final / "old").write_text("old")
-    with pytest.raises(RuntimeError), artifacts.staged_folder(final, overwrite=True) as stage:
-        (stage / "new").write_text("new")
-        raise RuntimeError
+
+    def build() -> None:
+        with artifacts.staged_folder(final, overwrite=True) as stage:
+            (stage / "new").write_text("new")
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        build()
     assert names(final) == ["old"]
     assert names(tmp_path) == ["out"]
 

@@ -20,7 +20,9 @@ COMMANDS = ("profile", "plan", "export", "generate", "show", "families", "eval",
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        main, [str(argument) for argument in arguments], catch_exceptions=False, prog_name="voidprune"
+    )
 
 
 def expect_error(*arguments: object, message: str, code: int = 1) -> Result:
@@ -111,8 +113,8 @@ def test_eval_bench_and_report(results: Path, tmp_path: Path) -> None:
     assert evaluated.exit_code == 0, evaluated.output
     document = json.loads(evaluated.stdout)
     assert document == json.loads((tmp_path / "evaluation.json").read_bytes())
-    assert list(document["runners"]) == ["whole model", "reference", "onnx"]
-    assert document["runners"]["reference"]["accuracy"] == document["runners"]["onnx"]["accuracy"]
+    assert [runner["name"] for runner in document["runners"]] == ["whole model", "reference", "onnx"]
+    assert document["runners"][1]["accuracy"] == document["runners"][2]["accuracy"]
     timed = invoke(
         "bench", results / "slim", "--baseline", "demo", "--prompt-length", 6, "--new-tokens", 2, "--rounds", 2,
         "--provider", "cpu", "-o", tmp_path / "benchmark.json",

@@ -34,14 +34,14 @@ class Balance(HTMLParser):
 
 
 def evaluation() -> artifacts.Document:
-    def runner(share: float) -> artifacts.Document:
+    def runner(name: str, share: float) -> artifacts.Document:
         accuracy = {"num_right": 1, "num_items": 2, "share": share, "interval": [0.1, 0.9]}
-        return {"perplexity": 2.5, "num_scored": 9, "accuracy": {"sorting": accuracy}}
+        return {"name": name, "perplexity": 2.5, "num_scored": 9, "accuracy": {"sorting": accuracy}}
 
     return {
         "schema": "voidprune.evaluation/1",
         "dataset": "<demo>",
-        "runners": {"whole model": runner(0.5), "onnx": runner(0.25)},
+        "runners": [runner("whole model", 0.5), runner("onnx", 0.25)],
         "different_responses": 0,
     }
 
@@ -65,6 +65,7 @@ def test_the_page_is_complete_and_well_formed(folder: Path) -> None:
     assert balance.open == []
     assert "&lt;demo&gt;" in page
     assert "<demo>" not in page
+    assert "<b>25.0%</b><small>whole model: 50.0%</small>" in page
     for text in ("25.0 %", "Layers by phase", "Predicted costs", "sha256:default1"):
         assert text in page
 

@@ -152,8 +152,7 @@ def test_prefill_attends_without_keys_and_values_of_the_response(attending: str,
 
 def test_unknown_action_and_boundary_cannot_be_constructed() -> None:
     with pytest.raises(ValueError, match="'half' is not a valid LayerAction"):
-        build_with = ("full", "full", "full", "half")
-        Schedule(model=MODEL, prefill=build_with, decode=(A.FULL,) * 4)  # type: ignore[arg-type]
+        Schedule(model=MODEL, prefill=("full", "full", "full", "half"), decode=(A.FULL,) * 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'middle' is not a valid Boundary"):
         build("full full full full", "full full full full", boundary="middle")
 

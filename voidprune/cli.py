@@ -43,7 +43,9 @@ class _Group(click.Group):
             ctx.exit(error.exit_code)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    name="voidprune", cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(voidprune.__version__, prog_name="voidprune")
 def main() -> None:
     """Make language models smaller by leaving out decoder layers.

@@ -10,28 +10,35 @@ from __future__ import annotations
 class VoidpruneError(Exception):
     """An error whose cause is outside this program.
 
-    `message` says what is wrong and where, in one line; `hint` says what to do next. The exit code of the command line is
-    `exit_code`.
+    `message` says what is wrong and where, in one line; `hint` says what to do next, by default what usually helps with this
+    class of errors. The exit code of the command line is `exit_code`.
     """
 
     exit_code = 1
+    usual_hint: str | None = None
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class ModelError(VoidpruneError):
     """The model is missing, unreadable, or of a kind that is not supported."""
 
+    usual_hint = "give the folder or Hub id of a supported model: voidprune families"
+
 
 class CheckpointError(ModelError):
     """A weight file or its index is broken: truncated, overlapping, out of its folder, of an unknown dtype."""
 
+    usual_hint = "fetch or write the checkpoint again"
+
 
 class ArtifactError(VoidpruneError):
     """A file of ours (profile, schedule, bundle description) cannot be read as what it should be."""
+
+    usual_hint = "make the file again with this version of voidprune"
 
 
 class ScheduleError(VoidpruneError):
@@ -44,6 +51,8 @@ class BudgetError(VoidpruneError):
 
 class DatasetError(VoidpruneError):
     """A calibration or evaluation file is empty or malformed; the message names the line."""
+
+    usual_hint = "give JSONL, an object a line with prompt, messages, instruction or text, or plain text"
 
 
 class OutputError(VoidpruneError):
@@ -60,6 +69,8 @@ class ContextLengthError(VoidpruneError):
 
 class ParityError(VoidpruneError):
     """An export does not equal its reference. Nothing was published."""
+
+    usual_hint = "nothing was published; please report it with the config.json of the model"
 
 
 class QualityGateError(VoidpruneError):

@@ -167,7 +167,7 @@ class EvaluationReport:
         return {
             "schema": artifacts.schema_key("evaluation", 1),
             "dataset": self.dataset,
-            "runners": {name: result.to_document() for name, result in self.evaluations.items()},
+            "runners": [{"name": name, **result.to_document()} for name, result in self.evaluations.items()],
             "different_responses": self.different,
         }
 

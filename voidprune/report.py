@@ -136,11 +136,11 @@ def _summary(findings: Findings) -> list[tuple[str, str, str]]:
         size = tables.format_bytes(manifest.sizes["model.safetensors"])
         rows.append(("weights", size, f"of {tables.format_bytes(manifest.source_bytes)}"))
     if findings.evaluation is not None:
-        runners: Mapping[str, Any] = findings.evaluation["runners"]
-        names = list(runners)
-        if runners[names[0]]["accuracy"]:
-            whole, pruned = _mean_accuracy(runners[names[0]]), _mean_accuracy(runners[names[-1]])
-            rows.append(("mean accuracy", f"{pruned:.1%}", f"{names[0]}: {whole:.1%}"))
+        first, last = findings.evaluation["runners"][0], findings.evaluation["runners"][-1]
+        if first["accuracy"]:
+            rows.append(
+                ("mean accuracy", f"{_mean_accuracy(last):.1%}", f"{first['name']}: {_mean_accuracy(first):.1%}")
+            )
     if findings.benchmark is not None:
         pruned_timing = findings.benchmark["timings"][-1]
         for key, label in (("ttft", "time to first token"), ("tpot", "time per output token")):

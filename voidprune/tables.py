@@ -105,17 +105,17 @@ def costs_table(sizes: ModelSizes, schedule: Schedule) -> Table:
 
 
 def evaluation_table(document: Mapping[str, Any]) -> Table:
-    runners: Mapping[str, Any] = document["runners"]
+    runners: Sequence[Mapping[str, Any]] = document["runners"]
     table = Table(title=f"evaluation on {document['dataset']}", caption="accuracy with 95 % Wilson interval")
     table.add_column("")
-    for name in runners:
-        table.add_column(name, justify="right")
-    if any(result["perplexity"] is not None for result in runners.values()):
-        table.add_row("perplexity of given responses", *(f"{result['perplexity']:.4f}" for result in runners.values()))
-    tasks = next(iter(runners.values()))["accuracy"]
+    for result in runners:
+        table.add_column(result["name"], justify="right")
+    if runners[0]["perplexity"] is not None:
+        table.add_row("perplexity of given responses", *(f"{result['perplexity']:.4f}" for result in runners))
+    tasks = runners[0]["accuracy"]
     for task, first in tasks.items():
         cells = []
-        for result in runners.values():
+        for result in runners:
             low, high = result["accuracy"][task]["interval"]
             cells.append(f"{result['accuracy'][task]['share']:.1%} [{low * 100:.0f}-{high * 100:.0f}]")
         table.add_row(f"{task} ({first['num_items']} items)", *cells)

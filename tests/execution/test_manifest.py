@@ -115,26 +115,26 @@ def test_hostile_documents_have_named_errors(act: Callable[[dict[str, Any]], Non
 
 
 @pytest.mark.parametrize(
-    "act",
+    ("keys", "value"),
     [
-        change("schedule", value=[]),
-        change("kept_layers", value="abcd"),
-        change("kept_layers", value=[0, 1, 2, 7]),
-        change("slots", value=["0", "1", "2"]),
-        change("graphs", "decode", "slots", value=[0, 9]),
-        change("dtype", value=32),
-        change("dtype", value="F7"),
-        change("context_length", value="long"),
-        change("source_bytes", value=None),
-        change("sizes", value={"model.safetensors": "9000"}),
-        change("parity", "hf", value="small"),
+        (("schedule",), []),
+        (("kept_layers",), "abcd"),
+        (("kept_layers",), [0, 1, 2, 7]),
+        (("slots",), ["0", "1", "2"]),
+        (("graphs", "decode", "slots"), [0, 9]),
+        (("dtype",), 32),
+        (("dtype",), "F7"),
+        (("context_length",), "long"),
+        (("source_bytes",), None),
+        (("sizes",), {"model.safetensors": "9000"}),
+        (("parity", "hf"), "small"),
     ],
     ids=str,
 )
-def test_values_of_the_wrong_type_or_range_are_refused(act: Callable[[dict[str, Any]], None]) -> None:
+def test_values_of_the_wrong_type_or_range_are_refused(keys: tuple[str, ...], value: Any) -> None:
     """They would surface later, as a traceback far from the file that is to blame."""
     document = json.loads(GOLDEN.read_bytes())
-    act(document)
+    change(*keys, value=value)(document)
     with pytest.raises(ArtifactError):
         Manifest.from_document(document, place="here")
 
@@ -148,5 +148,5 @@ def test_broken_rule_of_the_schedule_names_the_place() -> None:
 
 def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(artifacts.canonical_bytes(GOLDEN_SCHEDULE.to_document()))
-    with pytest.raises(ArtifactError, match="is not a bundle: its schema is 'voidprune.schedule/1'"):
+    with pytest.raises(ArtifactError, match=r"is not a bundle: its schema is 'voidprune\.schedule/1'"):
         read_manifest(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_one_pass_equals_prefill_then_cached_decode(tiny_model: TinyModel, data:
     with scheduled(tiny_model.model, schedule) as running:
         whole = running.forward(tokens_BT, is_decode_BT=is_decode_BT)
         bounds = [0, *range(num_prompt_tokens, 15)]
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             part = slice(begin, end)
             pieces.append(running.forward(tokens_BT[:, part], is_decode_BT=is_decode_BT[:, part], cache=cache))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-4, rtol=0)

@@ -183,7 +183,7 @@ def test_mistral_windows_are_for_all_layers(window: int | None) -> None:
     "listed", [["full_attention"] * 5, ["full_attention"] * 5 + ["chunked_attention"], "full", 6, [[]] * 6]
 )
 def test_layer_types_that_say_something_else(listed: Any) -> None:
-    with pytest.raises(ModelError, match="layer_types in config.json does not say"):
+    with pytest.raises(ModelError, match=r"layer_types in config\.json does not say"):
         read_architecture({**BASE, "model_type": "qwen2", "layer_types": listed})
 
 

@@ -138,7 +138,6 @@ def test_wrong_boundary_is_found(bundle: Bundle, llama: TinyModel, make_bundle: 
         {"rope_parameters": {"rope_type": "default", "rope_theta": 9000.0}},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 1.1}},
         {"rms_norm_eps": 1e-4},
-        {"tie_word_embeddings": True},
     ],
     ids=str,
 )

@@ -138,6 +138,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     Raises ModelError where this is no model folder or of an unknown family, CheckpointError where its weights are broken.
     """
     config = _read_json(folder / "config.json", missing=f"{folder} holds no config.json")
+    read_architecture(config)
     files = _weight_files(folder)
     tensors: dict[str, TensorRecord] = {}
     for file, expected in files.items():
