@@ -113,7 +113,7 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
                 folder,
                 verify=lambda stage: check_bundle(stage, source=source.model, schedule=schedule),
             )
-            made[key] = Bundle(source, schedule, folder, manifest, BundleSession(folder, threads=1))
+            made[key] = Bundle(source, schedule, folder, manifest, BundleSession(folder))
         return made[key]
 
     return make

@@ -256,7 +256,14 @@ def copy(llama: TinyModel, make_bundle: MakeBundle, tmp_path: Path) -> Path:
 
 
 def test_copied_bundle_works_where_it_stands(copy: Path) -> None:
-    assert len(BundleSession(copy, threads=1).generate([[5, 6]], max_new_tokens=3)[0]) == 3
+    assert len(BundleSession(copy).generate([[5, 6]], max_new_tokens=3)[0]) == 3
+
+
+def test_threads_can_be_set_beside_the_default(copy: Path) -> None:
+    """A benchmark sets them, in a process in which a check has run without."""
+    expected = BundleSession(copy).generate([[5, 6]], max_new_tokens=3)
+    assert BundleSession(copy, threads=1).generate([[5, 6]], max_new_tokens=3) == expected
+    assert BundleSession(copy).generate([[5, 6]], max_new_tokens=3) == expected
 
 
 def test_truncated_weights(copy: Path) -> None:

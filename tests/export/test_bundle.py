@@ -284,7 +284,7 @@ from voidprune.schedule import full_schedule
 source, out = open_checkpoint(Path({str(llama.folder)!r})), Path({str(tmp_path)!r}) / "out"
 accept = lambda stage: Parity(hf=0.0, onnx=0.0, tolerance=1e-4, num_prompts=1, num_decode_steps=1)
 export_bundle(source, full_schedule(source.identity), out, verify=accept)
-print(len(BundleSession(out, threads=1).generate([[5, 6, 7]], max_new_tokens=4)[0]))
+print(len(BundleSession(out).generate([[5, 6, 7]], max_new_tokens=4)[0]))
 print(sorted(name for name in ("torch", "transformers") if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ from voidprune.execution.reference import scheduled
 from voidprune.execution.session import BundleSession
 from voidprune.export.onnx_graph import author_decode, author_prefill, save_graph
 from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint, read_header
-from voidprune.quality.parity import TOLERANCES, check_bundle, make_scripts, run_reference, run_session
+from voidprune.quality.parity import TOLERANCE, check_bundle, make_scripts, run_reference, run_session
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, full_schedule
 
 A = LayerAction
@@ -62,7 +62,7 @@ def change_number(bundle: Bundle, name: str, *, add: float) -> None:
 
 def test_good_bundle_passes_again_where_it_was_copied_to(bundle: Bundle) -> None:
     assert check(bundle) == bundle.parity
-    assert bundle.parity.tolerance == TOLERANCES["F32"] == 1e-4
+    assert bundle.parity.tolerance == TOLERANCE == 1e-4
 
 
 @pytest.mark.parametrize(
