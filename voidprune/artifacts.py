@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -52,9 +53,13 @@ def parse_document(content: bytes, *, kind: str, version: int, place: str) -> Do
     def refuse_constant(name: str) -> Any:
         raise ArtifactError(f"{place} holds {name}, which is not a number", hint="make the file again")
 
+    def parse_float(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else refuse_constant(digits)
+
     try:
-        document = json.loads(content, parse_constant=refuse_constant)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        document = json.loads(content, parse_constant=refuse_constant, parse_float=parse_float)
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{place} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise ArtifactError(f"{place} holds a JSON {type(document).__name__}, not an object")
@@ -67,7 +72,7 @@ def parse_document(content: bytes, *, kind: str, version: int, place: str) -> Do
         raise ArtifactError(f'{place} is not a {kind}: its schema is {declared!r}, not "{expected}"')
     raise ArtifactError(
         f"{place} has {kind} format {number}; this version of voidprune reads format {version}",
-        hint="upgrade voidprune" if number.isdigit() and int(number) > version else "make the file again",
+        hint="upgrade voidprune" if number.isdecimal() and int(number) > version else "make the file again",
     )
 
 
@@ -150,8 +155,13 @@ def staged_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if path.exists():
             retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, retired / "folder")
-            os.replace(stage, path)
-            shutil.rmtree(retired)
+            try:
+                os.replace(stage, path)
+            except OSError:
+                os.replace(retired / "folder", path)
+                raise
+            finally:
+                shutil.rmtree(retired)
         else:
             os.replace(stage, path)
         _flush(path.parent)

@@ -237,6 +237,7 @@ def export(
       voidprune export MODEL -o slim --keep 0.3
     """
     from voidprune import artifacts, pipeline
+    from voidprune.export.hf_checkpoint import PRECISIONS
     from voidprune.models.sizes import measure_sizes
     from voidprune.schedule import read_schedule
     from voidprune.tables import costs_table, manifest_table, schedule_table
@@ -253,7 +254,7 @@ def export(
         planned.check_model(checkpoint.identity, place=str(schedule_file))
     else:
         planned = _plan_export(checkpoint, profile_file, seed=seed, quiet=quiet, **budget)
-    _print(schedule_table(planned), costs_table(measure_sizes(checkpoint), planned))
+    _print(schedule_table(planned), costs_table(measure_sizes(checkpoint, dtype=PRECISIONS.get(precision)), planned))
     if dry_run:
         return
     manifest = pipeline.export_model(

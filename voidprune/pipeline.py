@@ -18,7 +18,7 @@ from voidprune import artifacts
 from voidprune.errors import ContextLengthError, ModelError, ScheduleError
 from voidprune.execution.manifest import Manifest, Parity, is_bundle, read_manifest
 from voidprune.execution.reference import scheduled
-from voidprune.execution.session import BundleSession
+from voidprune.execution.session import BundleSession, size_thread_pool
 from voidprune.export.bundle import FORMATS, export_bundle
 from voidprune.export.hf_checkpoint import PRECISIONS
 from voidprune.models.checkpoint import Checkpoint, find_model, open_checkpoint
@@ -313,6 +313,8 @@ def benchmark_bundle(
     track: Track = untracked,
 ) -> artifacts.Document:
     """Benchmark a bundle beside the whole model, exported for the occasion in the same precision where it is no bundle yet."""
+    if threads is not None:
+        size_thread_pool(threads)
     provider = provider or default_provider()
     manifest = read_manifest(folder)
     whole = open_model(baseline)

@@ -132,7 +132,7 @@ class Schedule:
     decode: Actions
     boundary: Boundary = Boundary.DECODE
     single_turn: bool = False
-    origin: Mapping[str, Scalar] = field(default_factory=dict)
+    origin: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefill", tuple(LayerAction(action) for action in self.prefill))

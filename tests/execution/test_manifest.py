@@ -17,6 +17,7 @@ from tests.test_schedule import GOLDEN_SCHEDULE, MODEL
 from voidprune import artifacts
 from voidprune.errors import ArtifactError, ModelError, ScheduleError
 from voidprune.execution.manifest import FILE, KIND, VERSION, Graph, Manifest, Parity, is_bundle, read_manifest
+from voidprune.export.onnx_graph import graph_slots
 from voidprune.schedule import Phase
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundle.json"
@@ -32,6 +33,7 @@ MANIFEST = Manifest(
     },
     source="org/model",
     source_bytes=12345,
+    weights_header="sha256:3",
     files={"config.json": "sha256:1", "model.safetensors": "sha256:2"},
     sizes={"config.json": 600, "model.safetensors": 9000},
     parity=Parity(hf=0.0, onnx=1.9073486328125e-06, tolerance=1e-4, num_prompts=6, num_decode_steps=4),
@@ -54,7 +56,7 @@ def test_round_trip(schedule: Any, with_graphs: bool, verified: bool) -> None:
         schedule=schedule,
         kept_layers=schedule.union,
         slots=schedule.kv_layers,
-        graphs=MANIFEST.graphs if with_graphs else {},
+        graphs={phase: Graph(f"{phase}.onnx", graph_slots(schedule, phase)) for phase in Phase} if with_graphs else {},
         parity=dataclasses.replace(MANIFEST.parity, onnx=None) if verified else None,  # type: ignore[type-var]
     )
     content = artifacts.canonical_bytes(manifest.to_document())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -259,11 +261,23 @@ def test_copied_bundle_works_where_it_stands(copy: Path) -> None:
     assert len(BundleSession(copy).generate([[5, 6]], max_new_tokens=3)[0]) == 3
 
 
-def test_threads_can_be_set_beside_the_default(copy: Path) -> None:
-    """A benchmark sets them, in a process in which a check has run without."""
-    expected = BundleSession(copy).generate([[5, 6]], max_new_tokens=3)
-    assert BundleSession(copy, threads=1).generate([[5, 6]], max_new_tokens=3) == expected
-    assert BundleSession(copy).generate([[5, 6]], max_new_tokens=3) == expected
+def test_threads_are_set_before_the_first_session(copy: Path) -> None:
+    """The pool belongs to the process, so this takes one of its own."""
+    script = (
+        "from pathlib import Path\n"
+        "from voidprune.errors import RuntimeProviderError\n"
+        "from voidprune.execution.session import BundleSession, size_thread_pool\n"
+        "size_thread_pool(1)\n"
+        f"print(BundleSession(Path({str(copy)!r})).generate([[5, 6]], max_new_tokens=3))\n"
+        "try:\n    size_thread_pool(2)\nexcept RuntimeProviderError as error:\n    print(error)"
+    )
+    lines = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert lines == [
+        str(BundleSession(copy).generate([[5, 6]], max_new_tokens=3)),
+        "onnxruntime has its threads already",
+    ]
 
 
 def test_truncated_weights(copy: Path) -> None:
@@ -289,7 +303,7 @@ def test_missing_weights(copy: Path) -> None:
 
 def test_weights_of_another_size(copy: Path, llama: TinyModel) -> None:
     shutil.copyfile(llama.folder / WEIGHTS_FILE, copy / WEIGHTS_FILE)
-    with pytest.raises(CheckpointError, match="the bundle was written with"):
+    with pytest.raises(CheckpointError, match="is not the one that the graphs were written for"):
         BundleSession(copy)
 
 

@@ -303,7 +303,7 @@ def test_missing_tensor_is_named(llama: TinyModel, tmp_path: Path) -> None:
     name = "model.layers.3.mlp.down_proj.weight"
     lacking = {key: record for key, record in slim.tensors.items() if key != name}
     broken = type(slim)(folder=slim.folder, name=slim.name, config=slim.config, tensors=lacking)
-    with pytest.raises(ModelError, match=re.escape(f"the checkpoint lacks {name}")):
+    with pytest.raises(ModelError, match=re.escape(f"lacks {name}, which its config asks for")):
         author_decode(broken, full_schedule(slim.identity))
 
 

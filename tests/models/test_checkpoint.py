@@ -100,7 +100,7 @@ def test_header_longer_than_the_limit(tmp_path: Path) -> None:
         ({"a": entry([2], 4, 12)}, 12, "the data of a does not follow the tensor before it"),
         ({"a": entry([3], 0, 8)}, 8, r"a is F32 \[3\], 12 bytes, but spans 8"),
         ({"a": entry([2], 8, 0)}, 8, "but spans -8"),
-        ({"a": entry([2], -8, 0)}, 8, r"a is F32 \[2\]"),
+        ({"a": entry([2], -8, 0)}, 8, "the header entry of a is broken"),
         ({"a": entry([2], 0, 8, "F7")}, 8, "the header entry of a is broken"),
         ({"a": entry([2], 0, 8, None)}, 8, "the header entry of a is broken"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "the header entry of a is broken"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from voidprune import artifacts
 from voidprune.errors import ArtifactError, ModelError
+from voidprune.models.checkpoint import FLOAT_DTYPES
 from voidprune.schedule import Phase, Schedule
 
 FILE = "voidprune.json"
@@ -37,13 +38,19 @@ class Parity:
     num_prompts: int
     num_decode_steps: int
 
+    def __post_init__(self) -> None:
+        numbers = (self.hf, self.tolerance, self.num_prompts, self.num_decode_steps)
+        if not all(type(number) in (int, float) for number in (*numbers, self.onnx or 0)):
+            raise ValueError("a figure of the parity is not a number")
+
 
 @dataclass(frozen=True)
 class Manifest:
     """A bundle. `schedule` speaks of the original model; `kept_layers[i]` is the original number of layer i of the checkpoint.
 
-    `slots[s]` is the original number of the layer in cache slot s. `source_bytes` is the size of the
-    source's weights; `files` maps each file to its SHA-256, `sizes` to its bytes.
+    `slots[s]` is the original number of the layer in cache slot s. `source_bytes` is the size of the source's
+    weights, `weights_header` the SHA-256 of the header of ours (see `checkpoint.header_hash`); `files` maps each file to its
+    SHA-256, `sizes` to its bytes.
     """
 
     schedule: Schedule
@@ -54,10 +61,34 @@ class Manifest:
     graphs: Mapping[Phase, Graph]
     source: str
     source_bytes: int
+    weights_header: str
     files: Mapping[str, str]
     sizes: Mapping[str, int]
     parity: Parity | None
     written_by: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the parts do not fit together."""
+        if (self.kept_layers, self.slots) != (self.schedule.union, self.schedule.kv_layers):
+            raise ValueError("kept_layers and slots are not those of the schedule")
+        if set(self.graphs) not in (set(), set(Phase)):
+            raise ValueError("there is one graph, not one for each phase")
+        if self.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}")
+        for phase, graph in self.graphs.items():
+            if not set(graph.slots) <= set(range(len(self.slots))):
+                raise ValueError(f"the graph of {phase} uses slots that do not exist")
+        for name, value, kind in (
+            ("context_length", self.context_length, int),
+            ("source", self.source, str),
+            ("source_bytes", self.source_bytes, int),
+            ("weights_header", self.weights_header, str),
+            ("written_by", self.written_by, str),
+            *((f"files.{name}", value, str) for name, value in self.files.items()),
+            *((f"sizes.{name}", value, int) for name, value in self.sizes.items()),
+        ):
+            if type(value) is not kind or (isinstance(value, int) and value < 0):
+                raise ValueError(f"{name} is {value!r}")
 
     def to_document(self) -> artifacts.Document:
         return {
@@ -72,6 +103,7 @@ class Manifest:
             },
             "source": self.source,
             "source_bytes": self.source_bytes,
+            "weights_header": self.weights_header,
             "files": dict(self.files),
             "sizes": dict(self.sizes),
             "parity": None if self.parity is None else asdict(self.parity),
@@ -95,6 +127,7 @@ class Manifest:
                 },
                 source=document["source"],
                 source_bytes=document["source_bytes"],
+                weights_header=document["weights_header"],
                 files=dict(document["files"]),
                 sizes=dict(document["sizes"]),
                 parity=None if parity is None else Parity(**parity),
@@ -105,7 +138,7 @@ class Manifest:
 
 
 def _plain_name(name: Any, place: str) -> str:
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
         raise ArtifactError(f"{place} names the file {name!r}, outside of its folder")
     return name
 

@@ -23,7 +23,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from voidprune.errors import CheckpointError, ContextLengthError, ModelError, RuntimeProviderError
 from voidprune.execution.manifest import Manifest, read_manifest
-from voidprune.models.checkpoint import WEIGHTS_FILE, read_header
+from voidprune.models.checkpoint import WEIGHTS_FILE, header_hash, read_header
 from voidprune.schedule import Boundary, Phase
 
 Array = np.ndarray[Any, Any]
@@ -34,11 +34,8 @@ _NUMPY_DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32,
 class BundleSession:
     """An exported bundle, loaded. `start` gives a conversation; `generate` and `score` are whole tasks."""
 
-    def __init__(self, folder: Path, *, provider: str = "cpu", threads: int | None = None) -> None:
-        """Load both graphs. With `threads`, each session gets a pool of that size; without, all share one of the process.
-
-        Raises ModelError, CheckpointError (weights damaged), RuntimeProviderError (provider absent or unable).
-        """
+    def __init__(self, folder: Path, *, provider: str = "cpu") -> None:
+        """Raises ModelError, CheckpointError (weights damaged), RuntimeProviderError (provider absent or unable)."""
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         if not self.manifest.graphs:
@@ -46,7 +43,7 @@ class BundleSession:
         _check_weights(folder, self.manifest)
         self.provider = provider
         self.sessions = {
-            phase: _open_session(folder / graph.file, provider=provider, dtype=self.manifest.dtype, threads=threads)
+            phase: _open_session(folder / graph.file, provider=provider, dtype=self.manifest.dtype)
             for phase, graph in self.manifest.graphs.items()
         }
         self.boundary = self.manifest.schedule.boundary
@@ -89,12 +86,12 @@ class BundleSession:
         """The greedy response to one prompt, token by token, up to and including its end token."""
         conversation = self.start(max_positions=len(prompt) + max_new_tokens)
         token = int(conversation.prefill([prompt])[0].argmax())
-        for _ in range(max_new_tokens - 1):
+        for step in range(max_new_tokens):
+            if step:
+                token = int(conversation.decode(np.array([[token]]))[0, -1].argmax())
             yield token
             if token in end_tokens:
                 return
-            token = int(conversation.decode(np.array([[token]]))[0, -1].argmax())
-        yield token
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
@@ -208,26 +205,37 @@ class Conversation:
         return self._bindings[key]
 
 
+def size_thread_pool(threads: int) -> None:
+    """Set how many threads all sessions of this process share; by default onnxruntime takes one a core.
+
+    Two sessions with pools of their own would fight for the cores, because a pool that waits for work spins. Raises
+    RuntimeProviderError once a session was opened: then the pool is there.
+    """
+    try:
+        ort.set_global_thread_pool_sizes(threads, 1)
+    except Fail as error:
+        raise RuntimeProviderError(
+            "onnxruntime has its threads already", hint="set their number before the first session is opened"
+        ) from error
+
+
 def _check_weights(folder: Path, manifest: Manifest) -> None:
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise CheckpointError(f"{folder} lacks {WEIGHTS_FILE}", hint="export the model again")
     read_header(weights)
-    expected = manifest.sizes.get(WEIGHTS_FILE)
-    if (size := weights.stat().st_size) != expected:
-        raise CheckpointError(f"{weights} has {size} bytes; the bundle was written with {expected}")
+    if header_hash(weights) != manifest.weights_header:
+        raise CheckpointError(
+            f"the header of {weights} is not the one that the graphs were written for", hint="export the model again"
+        )
 
 
-def _open_session(path: Path, *, provider: str, dtype: str, threads: int | None) -> ort.InferenceSession:
+def _open_session(path: Path, *, provider: str, dtype: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if threads is None:
-        # Two sessions with pools of their own fight for the cores: a pool that waits for work spins.
-        with contextlib.suppress(Fail):  # the process has its shared pool already
-            ort.set_global_thread_pool_sizes(0, 1)
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = threads
+    with contextlib.suppress(Fail):  # the process has its pool already
+        ort.set_global_thread_pool_sizes(0, 1)
+    options.use_per_session_threads = False
     if provider == "cpu" and dtype == "F32":
         # Packing copies every matrix, once a session; without it both sessions use the mapped file.
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -23,7 +23,7 @@ from voidprune.export.genai import FILE as GENAI_FILE
 from voidprune.export.genai import describe_genai
 from voidprune.export.hf_checkpoint import write_slim_checkpoint
 from voidprune.export.model_card import write_model_card
-from voidprune.models.checkpoint import Checkpoint, open_checkpoint
+from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, header_hash, open_checkpoint
 from voidprune.schedule import Phase, Schedule
 
 FORMATS = ("hf", "onnx")
@@ -62,6 +62,7 @@ def export_bundle(
             graphs=graphs,
             source=source.name,
             source_bytes=source.num_bytes,
+            weights_header=header_hash(stage / WEIGHTS_FILE),
             files={path.name: artifacts.file_hash(path) for path in files},
             sizes={path.name: path.stat().st_size for path in files},
             parity=None,

@@ -13,7 +13,15 @@ from typing import Any
 
 from voidprune.errors import ModelError
 from voidprune.models.architecture import remap_config
-from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, copy_tensors, layer_tensor_order
+from voidprune.models.checkpoint import (
+    WEIGHTS_FILE,
+    Checkpoint,
+    TensorRecord,
+    copy_tensors,
+    layer_tensor_order,
+    read_json,
+    read_tensor,
+)
 
 PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -27,8 +35,12 @@ def write_slim_checkpoint(source: Checkpoint, kept: Sequence[int], folder: Path,
     `precision` is "keep" or a key of PRECISIONS. Raises ModelError, CheckpointError.
     """
     names = source.architecture.spec.tensors
-    if not source.architecture.tied_embeddings and f"{names.head}.weight" not in source.tensors:
-        raise ModelError(f"{source.folder} holds no {names.head}.weight, and its config does not tie the embeddings")
+    head, embedding = source.tensors.get(f"{names.head}.weight"), source.tensors[f"{names.embedding}.weight"]
+    if source.architecture.tied_embeddings and head is not None and not _same_values(head, embedding):
+        raise ModelError(
+            f"{source.folder} ties its embeddings by config.json, but holds another {head.name}",
+            hint="set tie_word_embeddings to what is meant",
+        )
     dtype = None if precision == "keep" else PRECISIONS[precision]
     config = remap_config(source.config, source.architecture.spec, kept)
     for key in ("dtype", "torch_dtype"):
@@ -44,12 +56,18 @@ def write_slim_checkpoint(source: Checkpoint, kept: Sequence[int], folder: Path,
                 shutil.copyfile(file, folder / file.name)
 
 
+def _same_values(one: TensorRecord, other: TensorRecord) -> bool:
+    import numpy as np
+
+    return one.shape == other.shape and np.array_equal(read_tensor(one), read_tensor(other))
+
+
 def _write_generation_config(source: Path, folder: Path) -> None:
     """Carry it over; without `do_sample`, sampling parameters are dropped, because transformers refuses the combination."""
     path = source / "generation_config.json"
     if not path.is_file():
         return
-    generation = json.loads(path.read_bytes())
+    generation = read_json(path)
     if not generation.get("do_sample", False):
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             generation.pop(name, None)

@@ -31,7 +31,7 @@ import numpy as np
 import onnx_ir as ir
 
 import voidprune
-from voidprune.errors import ModelError
+from voidprune.errors import CheckpointError, ModelError
 from voidprune.models.checkpoint import Checkpoint, TensorRecord
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule
 
@@ -402,7 +402,12 @@ class _Author:
     def _record(self, name: str) -> TensorRecord:
         record = self.checkpoint.tensors.get(name)
         if record is None:
-            raise ModelError(f"the checkpoint lacks {name}, which its config asks for")
+            raise CheckpointError(f"{self.checkpoint.folder} lacks {name}, which its config asks for")
+        if _DTYPES.get(record.dtype) is not self.dtype:
+            raise ModelError(
+                f"{name} is {record.dtype}; the matrices are {self.checkpoint.dtype}",
+                hint="export with --precision, which makes them one",
+            )
         return record
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
+# Lists that have nothing to do with layers, whatever their length.
+_NEVER_PER_LAYER = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "keys_to_ignore_at_inference"}
+
 
 class PerLayer(StrEnum):
     """What a config field says about layers, and so what happens to it when layers go."""
@@ -229,13 +232,13 @@ def layer_types(config: Config, spec: FamilySpec) -> tuple[str, ...]:
             if listed is not None:
                 return _read_layer_types(listed, num_layers)
             windowed = reader.value("use_sliding_window") and reader.value("sliding_window") is not None
-            first = reader.integer("max_window_layers") if windowed else num_layers
+            first = reader.integer("max_window_layers", minimum=0) if windowed else num_layers
             return tuple("sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers))
 
 
 def _read_layer_types(listed: Any, num_layers: int) -> tuple[str, ...]:
-    known = {"full_attention", "sliding_attention"}
-    if not isinstance(listed, list) or len(listed) != num_layers or not known.issuperset(listed):
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(listed, list) or len(listed) != num_layers or not all(kind in known for kind in listed):
         raise ModelError(
             f"layer_types in config.json does not say full_attention or sliding_attention for each of {num_layers} layers"
         )
@@ -246,7 +249,7 @@ def refuse_unknown_layer_fields(config: Config, spec: FamilySpec) -> None:
     """Raise ModelError on a field that may depend on the layer and that the family does not list."""
     num_layers = config.get("num_hidden_layers")
     for name, value in config.items():
-        if name in spec.per_layer:
+        if name in spec.per_layer or name in _NEVER_PER_LAYER:
             continue
         one_a_layer = isinstance(value, list) and num_layers is not None and len(value) == num_layers > 1
         if one_a_layer or ("layer" in name and isinstance(value, (int, list)) and not isinstance(value, bool)):
@@ -286,24 +289,32 @@ def remap_config(config: Config, spec: FamilySpec, kept: Sequence[int]) -> dict[
 def _read_rope(reader: _ConfigReader) -> Rope:
     # transformers 5 writes rope_parameters; 4.x writes rope_theta and rope_scaling beside each other.
     written = reader.config.get("rope_parameters") or reader.config.get("rope_scaling") or {}
+    if not isinstance(written, dict):
+        raise ModelError("rope_parameters or rope_scaling in config.json is not an object")
     kind = written.get("rope_type", written.get("type", "default"))
     theta = float(written.get("rope_theta", reader.value("rope_theta")))
     partial = written.get("partial_rotary_factor", reader.config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ModelError(f"{reader.spec.model_type} with partial_rotary_factor {partial} is not supported")
+
+    def number(name: str) -> float:
+        if not isinstance(written.get(name), (int, float)):
+            raise ModelError(f"config.json scales its rotary embedding by {kind!r} but gives no number for {name}")
+        return float(written[name])
+
     match kind:
         case "default":
             return Rope(theta=theta)
         case "linear":
-            return Rope(theta=theta, kind=kind, factor=float(written["factor"]))
+            return Rope(theta=theta, kind=kind, factor=number("factor"))
         case "llama3":
             return Rope(
                 theta=theta,
                 kind=kind,
-                factor=float(written["factor"]),
-                low_freq_factor=float(written["low_freq_factor"]),
-                high_freq_factor=float(written["high_freq_factor"]),
-                original_context_length=int(written["original_max_position_embeddings"]),
+                factor=number("factor"),
+                low_freq_factor=number("low_freq_factor"),
+                high_freq_factor=number("high_freq_factor"),
+                original_context_length=int(number("original_max_position_embeddings")),
             )
         case _:
             raise ModelError(f"rotary embedding of type {kind!r} is not supported; default, linear and llama3 are")
@@ -323,12 +334,12 @@ class _ConfigReader:
             return self.spec.defaults[name]
         raise ModelError(f"config.json lacks {name}", hint="is this the folder of a Hugging Face causal LM?")
 
-    def integer(self, name: str, *, otherwise: int | None = None) -> int:
+    def integer(self, name: str, *, otherwise: int | None = None, minimum: int = 1) -> int:
         value = self.config.get(name, self.spec.defaults.get(name))
         if value is None:
             value = self.value(name) if otherwise is None else otherwise
-        if type(value) is not int or value < 1:
-            raise ModelError(f"{name} in config.json is {value!r}, not a positive whole number")
+        if type(value) is not int or value < minimum:
+            raise ModelError(f"{name} in config.json is {value!r}, not a whole number from {minimum} up")
         return value
 
     def flag(self, source: bool | str) -> bool:

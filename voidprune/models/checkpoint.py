@@ -90,14 +90,6 @@ class Checkpoint:
             raise CheckpointError(f"the matrices of {self.folder} are of several dtypes: {', '.join(sorted(dtypes))}")
         return dtypes.pop()
 
-    def layer_bytes(self) -> tuple[int, ...]:
-        """Bytes of each decoder layer."""
-        totals = [0] * self.architecture.num_layers
-        for record in self.tensors.values():
-            if (place := self.architecture.spec.tensors.layer_of(record.name)) is not None:
-                totals[place[0]] += record.num_bytes
-        return tuple(totals)
-
 
 def find_model(name: str, *, revision: str | None = None) -> Path:
     """The folder of a model: itself when it is one, else a snapshot from the Hugging Face Hub.
@@ -137,7 +129,11 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
 
     Raises ModelError where this is no model folder or of an unknown family, CheckpointError where its weights are broken.
     """
-    config = _read_json(folder / "config.json", missing=f"{folder} holds no config.json")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no config.json", hint="give a folder with config.json and model.safetensors, or a Hub id"
+        )
+    config = read_json(folder / "config.json")
     read_architecture(config)
     files = _weight_files(folder)
     tensors: dict[str, TensorRecord] = {}
@@ -149,12 +145,16 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
             raise CheckpointError(f"{sorted(twice)[0]} is in {file.name} and in another shard of {folder}")
         tensors.update(records)
     checkpoint = Checkpoint(folder=folder, name=name or folder.resolve().name, config=config, tensors=tensors)
-    _check_layers(checkpoint)
+    _check_tensors(checkpoint)
     return checkpoint
 
 
-def _check_layers(checkpoint: Checkpoint) -> None:
-    """Every layer that the config counts has tensors, and no other has."""
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Embedding and head are there; every layer that the config counts has tensors, and no other has."""
+    names = checkpoint.architecture.spec.tensors
+    for name in (names.embedding, *(() if checkpoint.architecture.tied_embeddings else (names.head,))):
+        if f"{name}.weight" not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.folder} holds no {name}.weight, which its config asks for")
     num_layers = checkpoint.architecture.num_layers
     places = (checkpoint.architecture.spec.tensors.layer_of(name) for name in checkpoint.tensors)
     found = {place[0] for place in places if place is not None}
@@ -174,7 +174,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     if (folder / WEIGHTS_FILE).is_file():
         return {folder / WEIGHTS_FILE: None}
     if (folder / INDEX_FILE).is_file():
-        index = _read_json(folder / INDEX_FILE, missing="")
+        index = read_json(folder / INDEX_FILE)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
@@ -197,12 +197,11 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     raise ModelError(f"{folder} holds no {WEIGHTS_FILE}", hint="give a folder with safetensors weights, or a Hub id")
 
 
-def _read_json(path: Path, *, missing: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(missing, hint="give a folder with config.json and model.safetensors, or a Hub id")
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of somebody else's model folder. Raises ModelError."""
     try:
         document = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise ModelError(f"{path} is not a JSON object")
@@ -221,7 +220,7 @@ def read_header(file: Path) -> dict[str, TensorRecord]:
             raise CheckpointError(f"{file} says that its header has {length} bytes; the file has {size}")
         try:
             header = json.loads(opened.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file} has a broken header: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a broken header: not an object")
@@ -237,13 +236,22 @@ def read_header(file: Path) -> dict[str, TensorRecord]:
     return records
 
 
+def header_hash(file: Path) -> str:
+    """SHA-256 of a file's header: names, dtypes, shapes and places of all tensors. Cheap, whatever the size of the file."""
+    with file.open("rb") as opened:
+        prefix = opened.read(8)
+        return "sha256:" + hashlib.sha256(prefix + opened.read(*struct.unpack("<Q", prefix))).hexdigest()
+
+
 def _parse_record(name: str, entry: Any, file: Path, *, base: int) -> TensorRecord:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError("sizes and offsets are whole numbers")
         expected = math.prod(shape) * DTYPE_BYTES[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the header entry of {name} is broken ({error!r})") from error
-    if begin < 0 or end - begin != expected:
+    if end - begin != expected:
         raise CheckpointError(f"{file}: {name} is {dtype} {list(shape)}, {expected} bytes, but spans {end - begin}")
     return TensorRecord(name=name, dtype=dtype, shape=shape, file=file, offset=base + begin, num_bytes=expected)
 
@@ -256,6 +264,12 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     types: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
     found: np.dtype[Any] = np.dtype(types[dtype])
     return found
+
+
+def stored_bytes(record: TensorRecord, dtype: str | None) -> int:
+    """Bytes of a tensor when float tensors are stored in `dtype`; as it is when that is None."""
+    target = dtype if dtype is not None and record.dtype in FLOAT_DTYPES else record.dtype
+    return math.prod(record.shape) * DTYPE_BYTES[target]
 
 
 def copy_tensors(
@@ -271,7 +285,7 @@ def copy_tensors(
     position, entries = 0, {}
     for name, record in tensors:
         new_dtype = dtype if dtype is not None and record.dtype in FLOAT_DTYPES else record.dtype
-        length = math.prod(record.shape) * DTYPE_BYTES[new_dtype]
+        length = stored_bytes(record, dtype)
         entries[name] = {
             "dtype": new_dtype,
             "shape": list(record.shape),

@@ -82,7 +82,7 @@ FAMILIES: dict[str, FamilySpec] = {spec.model_type: spec for spec in (LLAMA, MIS
 def find_family(config: Config) -> FamilySpec:
     """The family of a `config.json`. Raises ModelError, naming the supported ones."""
     model_type: Any = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(
             f"model_type {model_type!r} is not supported",
             hint=f"supported: {', '.join(sorted(FAMILIES))} (voidprune families)",

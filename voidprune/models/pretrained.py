@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voidprune.errors import ModelError
+from voidprune.models.checkpoint import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,16 +22,24 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> PreTrainedModel:
     """A stock `AutoModelForCausalLM` in evaluation mode. No remote code. Raises ModelError."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, DTYPES[dtype]), local_files_only=True
+        outcome: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, DTYPES[dtype]),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+    model, found = outcome
+    if missing := found["missing_keys"]:
+        raise ModelError(f"{folder} lacks {min(missing)}; transformers would make it up")
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
@@ -40,12 +49,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{folder} has no tokenizer that transformers can load: {str(error).strip().splitlines()[0]}",
+            f"{folder} has no tokenizer that transformers can load: {_first_line(error)}",
             hint="copy tokenizer.json and tokenizer_config.json into the folder",
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def default_device() -> str:
@@ -81,11 +94,9 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, *, end: S
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """The tokens that end a response: `eos_token_id` of generation_config.json, else of config.json."""
-    import json
-
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            value = json.loads((folder / name).read_bytes()).get("eos_token_id")
+            value = read_json(folder / name).get("eos_token_id")
             if value is not None:
                 return tuple(value) if isinstance(value, list) else (value,)
     return ()

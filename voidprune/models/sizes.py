@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from voidprune.errors import ArtifactError
-from voidprune.models.checkpoint import DTYPE_BYTES, Checkpoint
+from voidprune.models.checkpoint import DTYPE_BYTES, Checkpoint, TensorRecord, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -58,51 +58,55 @@ def _integers(document: dict[str, Any], kind: type, *, without: str = "") -> dic
     return document
 
 
-def measure_sizes(checkpoint: Checkpoint) -> ModelSizes:
-    """Read sizes off the header. A tied head is counted where it is stored, with the embedding."""
+def measure_sizes(checkpoint: Checkpoint, *, dtype: str | None = None) -> ModelSizes:
+    """Read sizes off the header; with `dtype`, as if float tensors were stored in it.
+
+    A tied head is counted where it is stored, with the embedding.
+    """
     architecture = checkpoint.architecture
     names = architecture.spec.tensors
     head = checkpoint.tensors[f"{names.embedding if architecture.tied_embeddings else names.head}.weight"]
-    layer_bytes = checkpoint.layer_bytes()
     tied_copy = f"{names.head}.weight" if architecture.tied_embeddings else None
     return ModelSizes(
-        layers=tuple(_measure_layer(checkpoint, layer, total) for layer, total in enumerate(layer_bytes)),
+        layers=_measure_layers(checkpoint, dtype),
         other_bytes=sum(
-            record.num_bytes
+            stored_bytes(record, dtype)
             for record in checkpoint.tensors.values()
             if names.layer_of(record.name) is None and record.name != tied_copy
         ),
-        head_bytes=head.num_bytes,
+        head_bytes=stored_bytes(head, dtype),
         head_weights=architecture.vocab_size * architecture.hidden_size,
-        kv_bytes_per_token=2 * architecture.num_kv_heads * architecture.head_dim * DTYPE_BYTES[head.dtype],
+        kv_bytes_per_token=2 * architecture.num_kv_heads * architecture.head_dim * DTYPE_BYTES[dtype or head.dtype],
         attention_width=architecture.num_heads * architecture.head_dim,
     )
 
 
-def _measure_layer(checkpoint: Checkpoint, layer: int, total_bytes: int) -> LayerSizes:
+def _measure_layers(checkpoint: Checkpoint, dtype: str | None) -> tuple[LayerSizes, ...]:
     names = checkpoint.architecture.spec.tensors
+    tensors: list[dict[str, TensorRecord]] = [{} for _ in range(checkpoint.architecture.num_layers)]
+    for record in checkpoint.tensors.values():
+        if (place := names.layer_of(record.name)) is not None:
+            tensors[place[0]][place[1]] = record
 
-    def measure(suffixes: Iterable[str]) -> tuple[int, int]:
-        records = [
-            checkpoint.tensors[name]
-            for suffix in suffixes
-            for name in (f"{names.layer(layer, suffix)}.weight", f"{names.layer(layer, suffix)}.bias")
-            if name in checkpoint.tensors
-        ]
-        weights = sum(record.shape[0] * record.shape[1] for record in records if len(record.shape) == 2)
-        return sum(record.num_bytes for record in records), weights
+    def measure(layer: dict[str, TensorRecord], parts: tuple[str, ...]) -> tuple[int, int]:
+        wanted = [layer[name] for part in parts for name in (f"{part}.weight", f"{part}.bias") if name in layer]
+        weights = sum(math.prod(record.shape) for record in wanted if len(record.shape) == 2)
+        return sum(stored_bytes(record, dtype) for record in wanted), weights
 
-    attention_bytes, attention_weights = measure(
-        (names.attention_norm, names.query, names.key, names.value, names.output)
-    )
-    kv_bytes, kv_weights = measure((names.attention_norm, names.key, names.value))
-    mlp_bytes, mlp_weights = measure((names.mlp_norm, names.gate, names.up, names.down))
-    return LayerSizes(
-        total_bytes=total_bytes,
-        attention_bytes=attention_bytes,
-        kv_bytes=kv_bytes,
-        mlp_bytes=mlp_bytes,
-        attention_weights=attention_weights,
-        kv_weights=kv_weights,
-        mlp_weights=mlp_weights,
-    )
+    sizes = []
+    for layer in tensors:
+        attention = measure(layer, (names.attention_norm, names.query, names.key, names.value, names.output))
+        kv = measure(layer, (names.attention_norm, names.key, names.value))
+        mlp = measure(layer, (names.mlp_norm, names.gate, names.up, names.down))
+        sizes.append(
+            LayerSizes(
+                total_bytes=sum(stored_bytes(record, dtype) for record in layer.values()),
+                attention_bytes=attention[0],
+                kv_bytes=kv[0],
+                mlp_bytes=mlp[0],
+                attention_weights=attention[1],
+                kv_weights=kv[1],
+                mlp_weights=mlp[1],
+            )
+        )
+    return tuple(sizes)

@@ -62,7 +62,7 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise DatasetError(f"cannot read {path}: {error.strerror}") from error
     if path.suffix in (".jsonl", ".ndjson"):
-        lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
         rows = [_parse_line(line, group=path.stem, place=f"{path}, line {number}") for number, line in lines]
     else:
         paragraphs = [paragraph.strip() for paragraph in content.split("\n\n")]

@@ -76,12 +76,15 @@ def run_benchmark(
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Benchmark:
-    """Time bundles against the first of them. Raises what `BundleSession` raises, and ContextLengthError."""
+    """Time bundles against the first of them. `threads` is recorded only: see `session.size_thread_pool`.
+
+    Raises what `BundleSession` raises, and ContextLengthError.
+    """
     memory = {name: _peak_memory(folder, provider, prompt_length, num_new_tokens) for name, folder in bundles.items()}
     sessions, load_seconds = {}, {}
     for name, folder in bundles.items():
         started = time.perf_counter()
-        sessions[name] = BundleSession(folder, provider=provider, threads=threads)
+        sessions[name] = BundleSession(folder, provider=provider)
         load_seconds[name] = time.perf_counter() - started
     prompt = _random_prompt(next(iter(sessions.values())), prompt_length, seed)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in bundles}
