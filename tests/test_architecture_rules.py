@@ -26,6 +26,7 @@ ROWS: list[set[str]] = [
     {"quality"},
     {"demo"},  # besides what `test_demo_...` says of it
     {"recipe", "pipeline"},
+    {"walkthrough"},
     {"tables", "report", "doctor"},
     {"cli"},
     {"__main__"},

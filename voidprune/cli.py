@@ -468,11 +468,11 @@ def report(folder: Path, output: Path, overwrite: bool) -> None:
 @_quiet
 def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) -> None:
     """The whole main job on the model that ships: profile, compare criteria, export, verify, evaluate, bench, report."""
-    from voidprune import artifacts, pipeline
+    from voidprune import artifacts, walkthrough
     from voidprune.report import render_report
     from voidprune.tables import benchmark_table, comparison_table, evaluation_table, profile_table, schedule_table
 
-    outcome = pipeline.run_demo(output, num_items=num_items, seed=seed, overwrite=overwrite, track=_track(quiet))
+    outcome = walkthrough.run_demo(output, num_items=num_items, seed=seed, overwrite=overwrite, track=_track(quiet))
     artifacts.write_file(output / "report.html", render_report(output).encode())
     _print(
         profile_table(outcome.profile),
