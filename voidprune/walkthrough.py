@@ -66,11 +66,8 @@ def run_demo(
             checkpoint, profile, num_items=max(8, num_items // 2), seed=seed, track=track
         )
         artifacts.write_file(stage / "comparison.json", artifacts.canonical_bytes(comparison))
-        best = max(
-            (row for row in comparison["rows"] if (row["keep_prefill"], row["keep_decode"]) == DEMO_BUDGETS[0]),
-            key=lambda row: row["chosen"],
-        )
-        schedule = candidates[best["criterion"], *DEMO_BUDGETS[0]]
+        best = next(row for row in comparison["rows"] if row["chosen"])  # the winner of the first budget
+        schedule = candidates[best["criterion"], best["keep_prefill"], best["keep_decode"]]
         write_schedule(stage / "schedule.json", schedule)
         with track("exporting and verifying", 2, "bundles") as advance:
             export_model(checkpoint, full_schedule(checkpoint.identity), stage / "whole")

@@ -1,0 +1,57 @@
+"""The README's commands work as they stand there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from voidprune.cli import main
+from voidprune.models.families import FAMILIES
+from voidprune.pipeline import task_rows
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Every line of a shell block that calls voidprune, and the one in the running text."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("voidprune ")]
+    lines += [found for found in re.findall(r"`(voidprune export [^`]+)`", README) if "MODEL" in found]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = task_rows("demo", num_items=2)
+    items = [
+        json.dumps(
+            {"prompt": row.messages[0]["content"], "response": row.response, "answer": row.answer, "task": row.group}
+        )
+        for row in rows
+    ]
+    for name in ("prompts.jsonl", "items.jsonl"):
+        (tmp_path / name).write_text("\n".join(items))
+    found = commands()
+    assert len(found) >= 8
+    for arguments in found:
+        arguments = ["demo" if argument == "MODEL" else argument for argument in arguments]
+        if "-o" in arguments and (tmp_path / arguments[arguments.index("-o") + 1]).exists():
+            arguments.append("--overwrite")
+        result = CliRunner().invoke(main, arguments, prog_name="voidprune", catch_exceptions=False)
+        assert result.exit_code == 0, f"{arguments}: {result.output}"
+
+
+def test_the_supported_families_are_named() -> None:
+    for spec in FAMILIES.values():
+        assert spec.model_type in README.lower()
+
+
+def test_make_targets_exist() -> None:
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
