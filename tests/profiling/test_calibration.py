@@ -110,7 +110,7 @@ def test_plain_text_is_cut_in_the_middle(tmp_path: Path) -> None:
 def test_what_is_too_long_or_without_response_is_named(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(demo_folder())
     rows = read_rows(write(tmp_path / "data.jsonl", '{"prompt": "Sort: 3, 1"}'))
-    with pytest.raises(DatasetError, match="line 1 has .* tokens; the longest allowed is 3"):
+    with pytest.raises(DatasetError, match=r"line 1 has .* tokens; the longest allowed is 3"):
         encode_rows(rows, tokenizer, end_tokens=(), max_length=3)
     samples = encode_rows(rows, tokenizer, end_tokens=(), max_length=100)
     with pytest.raises(DatasetError, match="line 1 has no response"):
