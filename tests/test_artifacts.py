@@ -64,8 +64,7 @@ def test_what_is_no_number_is_never_written(number: float) -> None:
 def test_hashes(tmp_path: Path) -> None:
     content = b"voidprune" * 100_000
     (tmp_path / "file").write_bytes(content)
-    assert artifacts.content_hash(content) == "sha256:" + hashlib.sha256(content).hexdigest()
-    assert artifacts.file_hash(tmp_path / "file") == artifacts.content_hash(content)
+    assert artifacts.file_hash(tmp_path / "file") == "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 # ---- reading
@@ -162,7 +161,7 @@ def test_write_file_refuses_what_is_there(tmp_path: Path) -> None:
 
 def test_write_file_below_a_file_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="nothing can be written into"):
         artifacts.write_file(tmp_path / "file" / "below", b"x")
 
 
@@ -175,7 +174,7 @@ class Interrupted(BaseException):
 
 def test_staged_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     final = tmp_path / "below" / "out"
-    with artifacts.staged_folder(final) as stage:
+    with artifacts.staged_folder(final, marker="old") as stage:
         (stage / "file").write_text("x")
         (stage / "sub").mkdir()
         (stage / "sub" / "file").write_text("y")
@@ -188,7 +187,7 @@ def test_staged_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, Interrupted])
 def test_staged_folder_vanishes_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
     def build() -> None:
-        with artifacts.staged_folder(tmp_path / "out") as stage:
+        with artifacts.staged_folder(tmp_path / "out", marker="old") as stage:
             (stage / "file").write_text("x")
             raise error
 
@@ -201,20 +200,20 @@ def test_staged_folder_refuses_what_is_there(tmp_path: Path) -> None:
     final = tmp_path / "out"
     final.mkdir()
     (final / "mine").write_text("old")
-    with pytest.raises(OutputError, match="exists"), artifacts.staged_folder(final):
+    with pytest.raises(OutputError, match="exists"), artifacts.staged_folder(final, marker="old"):
         pytest.fail("the block must not run")
     assert (final / "mine").read_text() == "old"
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(OutputError, match="is a file, not a folder"),
-        artifacts.staged_folder(tmp_path / "file", overwrite=True),
+        artifacts.staged_folder(tmp_path / "file", marker="old", overwrite=True),
     ):
         pytest.fail("the block must not run")
 
 
 def test_staged_folder_may_fill_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with artifacts.staged_folder(tmp_path / "out") as stage:
+    with artifacts.staged_folder(tmp_path / "out", marker="old") as stage:
         (stage / "file").write_text("x")
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["file"]
@@ -224,10 +223,40 @@ def test_old_folder_is_kept_until_the_new_one_stands(tmp_path: Path) -> None:
     final = tmp_path / "out"
     final.mkdir()
     (final / "old").write_text("old")
-    with artifacts.staged_folder(final, overwrite=True) as stage:
+    with artifacts.staged_folder(final, marker="old", overwrite=True) as stage:
         (stage / "new").write_text("new")
         assert names(final) == ["old"]
     assert names(final) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis").write_text("precious")
+    with (
+        pytest.raises(OutputError, match="was not written by this command: it holds no old"),
+        artifacts.staged_folder(tmp_path / "out", marker="old", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "out" / "thesis").read_text() == "precious"
+
+
+def test_old_folder_survives_an_interrupt_between_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "out"
+    final.mkdir()
+    (final / "old").write_text("old")
+    rename, calls = os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise Interrupted
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(Interrupted), artifacts.staged_folder(final, marker="old", overwrite=True) as stage:
+        (stage / "new").write_text("new")
+    assert names(final) == ["old"]
     assert names(tmp_path) == ["out"]
 
 
@@ -237,7 +266,7 @@ def test_old_folder_survives_a_failed_overwrite(tmp_path: Path) -> None:
     (final / "old").write_text("old")
 
     def build() -> None:
-        with artifacts.staged_folder(final, overwrite=True) as stage:
+        with artifacts.staged_folder(final, marker="old", overwrite=True) as stage:
             (stage / "new").write_text("new")
             raise RuntimeError("no")
 
@@ -252,7 +281,7 @@ def test_killed_build_leaves_no_folder_under_the_final_name(tmp_path: Path) -> N
 import os, signal
 from pathlib import Path
 from voidprune.artifacts import staged_folder
-with staged_folder(Path({str(tmp_path)!r}) / "out") as stage:
+with staged_folder(Path({str(tmp_path)!r}) / "out", marker="old") as stage:
     (stage / "file").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """

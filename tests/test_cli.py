@@ -221,6 +221,67 @@ def test_eval_of_an_unknown_task() -> None:
     expect_error("eval", "demo", "--tasks", "nonsense", message="no task or file nonsense")
 
 
+def test_overwrite_spares_what_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    arguments = ("--keep", 0.5, "--criterion", "last-n", "--overwrite")
+    expect_error("export", "demo", "-o", tmp_path / "out", *arguments, message="was not written by this command")
+    assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+def test_a_bundle_is_not_exported_over_itself(results: Path) -> None:
+    arguments = ("--keep", 0.5, "--criterion", "last-n", "--overwrite", "--provider", "cpu")
+    expect_error("export", results / "slim", "-o", results / "slim", *arguments, message="holds the model itself")
+    assert (results / "slim" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [("--single-turn",), ("--boundary", "prefill"), ("--keep", 0.5), ("--criterion", "lac")]
+)
+def test_a_schedule_leaves_nothing_to_choose(results: Path, tmp_path: Path, option: tuple[object, ...]) -> None:
+    result = invoke("export", "demo", "-o", tmp_path / "x", "--schedule", results / "schedule.json", *option)
+    assert result.exit_code == 2
+    assert f"does not go with {option[0]}" in result.stderr
+
+
+def test_eval_refuses_options_that_say_nothing_here(results: Path) -> None:
+    schedule = results / "schedule.json"
+    expect_error("eval", results / "slim", "--schedule", schedule, message="has its schedule already")
+    expect_error("eval", "demo", "--baseline", "demo", message="is no bundle to put beside a baseline")
+
+
+def test_bench_refuses_what_is_not_the_whole_model(results: Path) -> None:
+    expect_error("bench", results / "slim", "--baseline", results / "slim", message="is not the whole model in F32")
+
+
+def test_bench_beyond_the_context(results: Path) -> None:
+    arguments = ("--baseline", "demo", "--prompt-length", 5000, "--provider", "cpu")
+    expect_error("bench", results / "slim", *arguments, message="5032 tokens are asked for; the model's context is 512")
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    expect_error(
+        "profile", "demo", "-o", tmp_path / "p.json", "--device", "nosuch", message="torch cannot use the device nosuch"
+    )
+
+
+def test_a_result_with_holes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text('{"schema": "voidprune.evaluation/1"}')
+    expect_error("show", tmp_path / "evaluation.json", message="is not a whole evaluation")
+    expect_error("report", tmp_path, "-o", tmp_path / "r.html", message="is not a whole evaluation")
+
+
+def test_termination_leaves_nothing_half_built(tmp_path: Path) -> None:
+    script = (
+        "import os, signal\nfrom voidprune import cli, pipeline\n"
+        "pipeline.check_bundle = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"cli.main(['export', 'demo', '-o', {str(tmp_path / 'out')!r}, '--keep', '0.5', '--criterion', 'last-n'])"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert finished.returncode == 143, finished.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- help
 
 

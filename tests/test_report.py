@@ -40,6 +40,9 @@ def evaluation() -> artifacts.Document:
 
     return {
         "schema": "voidprune.evaluation/1",
+        "model": "tiny",
+        "max_new_tokens": 64,
+        "written_by": "voidprune",
         "dataset": "<demo>",
         "runners": [runner("whole model", 0.5), runner("onnx", 0.25)],
         "different_responses": 0,

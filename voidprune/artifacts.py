@@ -8,6 +8,7 @@ the module that owns the kind, not here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -27,11 +28,6 @@ def canonical_bytes(document: Mapping[str, Any]) -> bytes:
     """The one way to write `document`. Raises ValueError on NaN or infinity: no measurement of ours may hold one."""
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
-
-
-def content_hash(content: bytes) -> str:
-    """`sha256:<hex>` of some bytes."""
-    return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def file_hash(path: Path) -> str:
@@ -100,73 +96,105 @@ def check_keys(
 
 
 def write_file(path: Path, content: bytes, *, overwrite: bool = False) -> None:
-    """Write a file beside its final name, flush it to the disk, then rename it into place."""
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists", hint="choose another --output, or add --overwrite")
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder, not a file", hint="choose another --output")
-    try:
+    """Write a file beside its final name, flush it to the disk, then rename it into place. Raises OutputError."""
+    check_output_file(path, overwrite=overwrite)
+    with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Say early, before hours of work, that the output is taken."""
-    if overwrite or not path.exists():
-        return
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    raise OutputError(f"{path} exists", hint="choose another --output, or add --overwrite")
+def check_output_file(path: Path, *, overwrite: bool) -> None:
+    """Say early, before hours of work, that a file cannot be written there. Raises OutputError."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, not a file", hint="give the name of a file with --output")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists", hint="choose another --output, or add --overwrite")
+    _check_parent(path)
+
+
+def check_output_folder(path: Path, *, overwrite: bool, marker: str) -> None:
+    """The same for a folder. Only an empty folder, or with `overwrite` one of ours, which holds the file `marker`, may be there."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file, not a folder", hint="choose another --output")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{path} exists", hint="choose another --output, or add --overwrite")
+        if not (path / marker).is_file():
+            raise OutputError(
+                f"{path} was not written by this command: it holds no {marker}", hint="choose another --output"
+            )
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"nothing can be written into {parent}", hint="choose another --output")
 
 
 @contextlib.contextmanager
-def staged_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(path: Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of `path` to build in; renamed to `path` when the block ends well, removed when it does not.
 
-    A folder under the final name is therefore always complete. An old folder is only removed after the new one stands.
+    A folder under the final name is therefore always complete. An old folder, which has to hold the file `marker`, is only
+    removed after the new one stands. Raises OutputError.
     """
-    refuse_existing(path, overwrite=overwrite)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file, not a folder", hint="choose another --output")
-    try:
+    check_output_folder(path, overwrite=overwrite, marker=marker)
+    with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            stage.chmod(0o777 & ~_umask())
+            yield stage
+            for file in stage.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            _replace_folder(path, stage)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace_folder(path: Path, stage: Path) -> None:
+    if not path.exists():
+        os.replace(stage, path)
+        return
+    retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    os.replace(path, retired / "folder")
     try:
-        stage.chmod(0o777 & ~_umask())
-        yield stage
-        for file in stage.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        if path.exists():
-            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, retired / "folder")
-            try:
-                os.replace(stage, path)
-            except OSError:
-                os.replace(retired / "folder", path)
-                raise
-            finally:
-                shutil.rmtree(retired)
-        else:
-            os.replace(stage, path)
-        _flush(path.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        os.replace(stage, path)
+    except BaseException:
+        os.replace(retired / "folder", path)
+        retired.rmdir()
+        raise
+    shutil.rmtree(retired)
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """What the disk refuses becomes an error of ours; other errors of the block stay what they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}", hint="make room, or choose another --output"
+        ) from error
 
 
 def _flush(path: Path) -> None:

@@ -6,6 +6,9 @@ Everything heavy is imported inside the command that needs it, so that `voidprun
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 import voidprune
-from voidprune.errors import BudgetError, DatasetError, VoidpruneError
+from voidprune.demo.tasks import TASKS
+from voidprune.errors import DatasetError, VoidpruneError
+from voidprune.planning.criteria import CRITERIA
 
 if TYPE_CHECKING:
     from voidprune.models.checkpoint import Checkpoint
@@ -26,14 +32,12 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-CRITERIA = ("lac", "block-influence", "relative-norm", "last-n", "random")
-TASKS = ("yes-no", "multiple-choice", "arithmetic", "sorting")
-
 
 class _Group(click.Group):
-    """Shows our own errors in two lines, without a traceback, and exits with their code."""
+    """Shows our own errors in two lines, without a traceback, and exits with their code. SIGTERM ends a command like Ctrl-C."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except VoidpruneError as error:
@@ -41,6 +45,12 @@ class _Group(click.Group):
             if error.hint:
                 click.echo(f"hint: {error.hint}", err=True)
             ctx.exit(error.exit_code)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)  # unwinds, so that half-built folders are removed
 
 
 @click.group(
@@ -64,8 +74,8 @@ def main() -> None:
 # ---- options that several commands share
 
 
-def _output(what: str) -> Callable[[Command], Command]:
-    return click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=f"{what} to write.")
+def _output(what: str, *, required: bool = True) -> Callable[[Command], Command]:
+    return click.option("-o", "--output", type=click.Path(path_type=Path), required=required, help=f"{what} to write.")
 
 
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace the output where it exists.")
@@ -86,7 +96,11 @@ def _budget_options(command: Command) -> Command:
         click.option("--keep-prefill", type=float, help="The same, for prefill only."),
         click.option("--keep-decode", type=float, help="The same, for decode only."),
         click.option(
-            "--criterion", type=click.Choice(CRITERIA), default="lac", show_default=True, help="How to rank layers."
+            "--criterion",
+            type=click.Choice(list(CRITERIA)),
+            default="lac",
+            show_default=True,
+            help="How to rank layers.",
         ),
         click.option(
             "--phases",
@@ -169,7 +183,7 @@ def profile(model: str, output: Path, overwrite: bool, as_json: bool, quiet: boo
     from voidprune.profiling.profile import write_profile
     from voidprune.tables import profile_table
 
-    artifacts.refuse_existing(output, overwrite=overwrite)
+    artifacts.check_output_file(output, overwrite=overwrite)
     measured = _profile(pipeline.open_model(model), quiet=quiet, **calibration)
     write_profile(output, measured, overwrite=overwrite)
     _show(measured.to_document(), profile_table, measured, as_json=as_json)
@@ -177,13 +191,13 @@ def profile(model: str, output: Path, overwrite: bool, as_json: bool, quiet: boo
 
 @main.command()
 @click.argument("profile_file", metavar="PROFILE", type=click.Path(path_type=Path))
-@_output("Schedule")
+@_output("Schedule", required=False)
 @_budget_options
 @_seed
 @_overwrite
 @click.option("--dry-run", is_flag=True, help="Print what would be kept; write nothing.")
 @_as_json
-def plan(profile_file: Path, output: Path, overwrite: bool, dry_run: bool, as_json: bool, **budget: Any) -> None:
+def plan(profile_file: Path, output: Path | None, overwrite: bool, dry_run: bool, as_json: bool, **budget: Any) -> None:
     """Turn a profile and a budget into a schedule.
 
     \b
@@ -193,18 +207,19 @@ def plan(profile_file: Path, output: Path, overwrite: bool, dry_run: bool, as_js
     from voidprune.profiling.profile import read_profile
     from voidprune.schedule import write_schedule
 
-    if not dry_run:
-        artifacts.refuse_existing(output, overwrite=overwrite)
+    target = _target(output, dry_run=dry_run)
+    if target is not None:
+        artifacts.check_output_file(target, overwrite=overwrite)
     measured = read_profile(profile_file)
     planned = _plan(measured.model, measured, **budget)
     _print_plan(measured, planned, as_json=as_json)
-    if not dry_run:
-        write_schedule(output, planned, overwrite=overwrite)
+    if target is not None:
+        write_schedule(target, planned, overwrite=overwrite)
 
 
 @main.command()
 @click.argument("model")
-@_output("Folder")
+@_output("Folder", required=False)
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="A schedule made by plan.")
 @click.option("--profile", "profile_file", type=click.Path(path_type=Path), help="A profile to plan from.")
 @click.option("--format", "formats", type=click.Choice(["hf", "onnx"]), multiple=True, help="Default: both.")
@@ -214,10 +229,14 @@ def plan(profile_file: Path, output: Path, overwrite: bool, dry_run: bool, as_js
 @_seed
 @_overwrite
 @click.option("--dry-run", is_flag=True, help="Print what would be kept; write nothing.")
+@_as_json
 @_quiet
+@click.pass_context
 def export(
+    context: click.Context,
+    /,
     model: str,
-    output: Path,
+    output: Path | None,
     schedule_file: Path | None,
     profile_file: Path | None,
     formats: tuple[str, ...],
@@ -226,6 +245,7 @@ def export(
     seed: int,
     overwrite: bool,
     dry_run: bool,
+    as_json: bool,
     quiet: bool,
     **budget: Any,
 ) -> None:
@@ -237,38 +257,47 @@ def export(
       voidprune export MODEL -o slim --keep 0.3
     """
     from voidprune import artifacts, pipeline
-    from voidprune.export.hf_checkpoint import PRECISIONS
+    from voidprune.execution.manifest import FILE
+    from voidprune.models.checkpoint import PRECISIONS
     from voidprune.models.sizes import measure_sizes
     from voidprune.schedule import read_schedule
     from voidprune.tables import costs_table, manifest_table, schedule_table
 
-    if not dry_run:
-        artifacts.refuse_existing(output, overwrite=overwrite)
+    target = _target(output, dry_run=dry_run)
+    if target is not None:
+        artifacts.check_output_folder(target, overwrite=overwrite, marker=FILE)
+    if schedule_file is not None:
+        for name in (*budget, "profile_file"):
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                option = "--" + name.removesuffix("_file").replace("_", "-")
+                raise click.UsageError(f"--schedule says all about the layers; it does not go with {option}")
     checkpoint = pipeline.open_model(model)
     if schedule_file is not None:
-        if profile_file is not None or any(
-            budget[name] is not None for name in ("keep", "keep_prefill", "keep_decode")
-        ):
-            raise click.UsageError("--schedule says what to keep; it goes with neither --keep nor --profile")
         planned = read_schedule(schedule_file)
         planned.check_model(checkpoint.identity, place=str(schedule_file))
     else:
         planned = _plan_export(checkpoint, profile_file, seed=seed, quiet=quiet, **budget)
-    _print(schedule_table(planned), costs_table(measure_sizes(checkpoint, dtype=PRECISIONS.get(precision)), planned))
-    if dry_run:
+    if not as_json:
+        _print(
+            schedule_table(planned), costs_table(measure_sizes(checkpoint, dtype=PRECISIONS.get(precision)), planned)
+        )
+    if target is None:
+        if as_json:
+            click.echo(json.dumps(planned.to_document(), indent=2, sort_keys=True))
         return
     manifest = pipeline.export_model(
         checkpoint,
         planned,
-        output,
+        target,
         formats=formats or ("hf", "onnx"),
         precision=precision,
         provider=provider,
         overwrite=overwrite,
         seed=seed,
     )
-    _print(manifest_table(manifest))
-    click.echo(f"wrote {output}")
+    _show(manifest.to_document(), manifest_table, manifest, as_json=as_json)
+    if not as_json:
+        click.echo(f"wrote {target}")
 
 
 @main.command()
@@ -336,9 +365,7 @@ def families() -> None:
     "--schedule", "schedule_file", type=click.Path(path_type=Path), help="Also run a whole model under a schedule."
 )
 @click.option("--baseline", help="The whole model, to put beside a bundle.")
-@click.option(
-    "--num-samples", type=click.IntRange(min=1), default=100, show_default=True, help="Items (of each demo task)."
-)
+@click.option("--num-samples", type=click.IntRange(min=1), help="Items of a file (default all) or of each task (100).")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @_provider
@@ -351,7 +378,7 @@ def evaluate(
     tasks: str,
     schedule_file: Path | None,
     baseline: str | None,
-    num_samples: int,
+    num_samples: int | None,
     max_new_tokens: int,
     batch_size: int,
     provider: str | None,
@@ -370,7 +397,7 @@ def evaluate(
     from voidprune.tables import evaluation_table
 
     if output is not None:
-        artifacts.refuse_existing(output, overwrite=overwrite)
+        artifacts.check_output_file(output, overwrite=overwrite)
     outcome = pipeline.evaluate_model(
         model,
         _task_rows(tasks, num_samples),
@@ -424,7 +451,7 @@ def bench(
     from voidprune.tables import benchmark_table
 
     if output is not None:
-        artifacts.refuse_existing(output, overwrite=overwrite)
+        artifacts.check_output_file(output, overwrite=overwrite)
     outcome = pipeline.benchmark_bundle(
         folder,
         baseline=baseline,
@@ -453,7 +480,7 @@ def report(folder: Path, output: Path, overwrite: bool) -> None:
     from voidprune import artifacts
     from voidprune.report import render_report
 
-    artifacts.refuse_existing(output, overwrite=overwrite)
+    artifacts.check_output_file(output, overwrite=overwrite)
     artifacts.write_file(output, render_report(folder).encode(), overwrite=overwrite)
     click.echo(f"wrote {output}")
 
@@ -472,6 +499,7 @@ def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) 
     from voidprune.report import render_report
     from voidprune.tables import benchmark_table, comparison_table, evaluation_table, profile_table, schedule_table
 
+    artifacts.check_output_folder(output, overwrite=overwrite, marker="comparison.json")
     outcome = walkthrough.run_demo(output, num_items=num_items, seed=seed, overwrite=overwrite, track=_track(quiet))
     artifacts.write_file(output / "report.html", render_report(output).encode())
     _print(
@@ -499,16 +527,16 @@ def _profile(
     **settings: Any,
 ) -> Profile:
     from voidprune import pipeline
-    from voidprune.models.pretrained import default_device
     from voidprune.profiling.calibration import default_rows, read_rows
     from voidprune.profiling.profile import LacSettings
 
-    device = device or default_device()
+    if not math.isfinite(alpha):
+        raise click.UsageError("--alpha is not a number")
     return pipeline.profile_model(
         checkpoint,
         default_rows() if dataset is None else read_rows(dataset),
         lac=LacSettings(alpha=alpha, arithmetic=lac_arithmetic),
-        dtype=dtype or ("bf16" if device.startswith("cuda") else "fp32"),
+        dtype=dtype,
         device=device,
         track=_track(quiet),
         **settings,
@@ -564,17 +592,21 @@ def _plan_export(checkpoint: Checkpoint, profile_file: Path | None, *, quiet: bo
     measured = None
     if profile_file is not None:
         measured = read_profile(profile_file)
-        if measured.model != checkpoint.identity and measured.model.fingerprint != checkpoint.identity.fingerprint:
-            raise BudgetError(
-                f"{profile_file} is a profile of {measured.model.name}, not of {checkpoint.name}",
-                hint="profile the model that you export",
-            )
     elif ratios and find_criterion(budget["criterion"]).needs_profile:
         context = checkpoint.architecture.context_length
         measured = pipeline.profile_model(
             checkpoint, default_rows(), max_new_tokens=min(64, context // 2), track=_track(quiet)
         )
     return _plan(checkpoint.identity, measured, **budget)
+
+
+def _target(output: Path | None, *, dry_run: bool) -> Path | None:
+    """Where to write; None for a dry run."""
+    if dry_run:
+        return None
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    return output
 
 
 def _print_plan(measured: Profile, planned: Schedule, *, as_json: bool) -> None:
@@ -592,12 +624,12 @@ def _print_plan(measured: Profile, planned: Schedule, *, as_json: bool) -> None:
         _print(schedule_table(planned), costs_table(measured.sizes, planned))
 
 
-def _task_rows(tasks: str, num_items: int) -> list[Row]:
+def _task_rows(tasks: str, num_items: int | None) -> list[Row]:
     from voidprune import pipeline
     from voidprune.profiling.calibration import read_rows
 
     if tasks in ("demo", *TASKS):
-        return pipeline.task_rows(tasks, num_items=num_items)
+        return pipeline.task_rows(tasks, num_items=num_items or 100)
     if not Path(tasks).exists():
         raise DatasetError(f"there is no task or file {tasks}", hint=f"give a file, demo, or one of {', '.join(TASKS)}")
     return read_rows(Path(tasks))[:num_items]
@@ -621,7 +653,7 @@ def _print(*tables: Any) -> None:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 100
     for table in tables:
         console.print(table)

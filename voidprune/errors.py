@@ -71,9 +71,3 @@ class ParityError(VoidpruneError):
     """An export does not equal its reference. Nothing was published."""
 
     usual_hint = "nothing was published; please report it with the config.json of the model"
-
-
-class QualityGateError(VoidpruneError):
-    """A quality gate that the user set was missed."""
-
-    exit_code = 3

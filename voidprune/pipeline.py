@@ -9,19 +9,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
+import voidprune
 from voidprune import artifacts
 from voidprune.errors import ContextLengthError, ModelError, ScheduleError
 from voidprune.execution.manifest import Manifest, Parity, is_bundle, read_manifest
 from voidprune.execution.reference import scheduled
 from voidprune.execution.session import BundleSession, size_thread_pool
 from voidprune.export.bundle import FORMATS, export_bundle
-from voidprune.export.hf_checkpoint import PRECISIONS
-from voidprune.models.checkpoint import Checkpoint, find_model, open_checkpoint
+from voidprune.models.checkpoint import Checkpoint, find_model, open_checkpoint, precision_name
 from voidprune.models.pretrained import (
     default_device,
     encode_chat,
@@ -34,7 +33,7 @@ from voidprune.profiling.calibration import Row, encode_rows, require_responses
 from voidprune.profiling.profile import LacSettings, Profile
 from voidprune.profiling.tracing import generate_responses, trace_model
 from voidprune.quality.bench import run_benchmark
-from voidprune.quality.evaluation import Evaluation, Runner, evaluate, require_agreement
+from voidprune.quality.evaluation import Evaluation, Runner, count_differences, evaluate, require_agreement
 from voidprune.quality.parity import check_bundle
 from voidprune.schedule import Schedule, full_schedule
 
@@ -48,11 +47,11 @@ def untracked(_what: str, _total: int | None, _unit: str) -> Iterator[Advance]:
     yield lambda _amount: None
 
 
-def open_model(name: str, *, revision: str | None = None) -> Checkpoint:
+def open_model(name: str) -> Checkpoint:
     """A model by folder, Hub id, or "demo" for the one that ships with the package. Raises ModelError, CheckpointError."""
     if name == "demo" and not Path(name).exists():
         return open_checkpoint(demo_folder(), name="voidprune-demo")
-    folder = find_model(name, revision=revision)
+    folder = find_model(name)
     return open_checkpoint(folder, name=folder.resolve().name if Path(name).is_dir() else name)
 
 
@@ -78,11 +77,14 @@ def profile_model(
     max_length: int | None = None,
     lac: LacSettings = LacSettings(),  # noqa: B008  a frozen value
     batch_size: int = 8,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     device: str | None = None,
     track: Track = untracked,
 ) -> Profile:
-    """Trace a model over a calibration set. Raises ModelError, DatasetError."""
+    """Trace a model over a calibration set, by default on CUDA in bf16 where there is a device, else in fp32.
+
+    Raises ModelError, DatasetError, RuntimeProviderError.
+    """
     ends = end_tokens(checkpoint.folder)
     context = checkpoint.architecture.context_length
     reserved = max_new_tokens if responses == "generate" else 0
@@ -92,20 +94,24 @@ def profile_model(
             f"responses of {max_new_tokens} tokens leave no room for prompts in a context of {context}",
             hint="lower --max-new-tokens",
         )
+    device = device or default_device()
+    dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
     tokenizer = load_tokenizer(checkpoint.folder)
+    if responses == "generate":  # the responses of the dataset are not used, so they need not fit
+        rows = [replace(row, response=None) for row in rows]
     samples = encode_rows(rows, tokenizer, end_tokens=ends, max_length=longest, num_samples=num_samples)
     if responses == "dataset":
         require_responses(samples)
-    model = load_model(checkpoint.folder, dtype=dtype, device=device or default_device())
+    model = load_model(checkpoint.folder, dtype=dtype, device=device)
     if responses == "generate":
-        with track("generating", len(samples), "samples") as advance:
+        with track("generating", None, "tokens") as advance:
             samples = generate_responses(
                 model,
                 samples,
                 max_new_tokens=max_new_tokens,
                 end_tokens=ends,
                 batch_size=batch_size,
-                on_progress=lambda num_samples, _num_tokens: advance(num_samples),
+                on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
             )
     num_tokens = sum(len(sample.prompt) + len((sample.response or ())[1:]) for sample in samples)
     with track("tracing", num_tokens, "tokens") as advance:
@@ -134,8 +140,7 @@ def export_model(
 ) -> Manifest:
     """Export a bundle, verified against the source model before it is published. Raises every VoidpruneError of the way."""
     provider = provider or default_provider()
-    names = {dtype: name for name, dtype in PRECISIONS.items()}
-    dtype = names[checkpoint.dtype] if precision == "keep" else precision
+    dtype = precision_name(checkpoint.dtype) if precision == "keep" else precision
 
     def verify(stage: Path) -> Parity:
         source = load_model(checkpoint.folder, dtype=dtype, device="cuda" if provider == "cuda" else "cpu")
@@ -154,19 +159,26 @@ def export_model(
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Evaluations of several runners on the same items, by runner name; `different` counts responses that differ between the
-    reference and the ONNX bundle, None where there is no bundle."""
+    """Evaluations of several runners on the same items, by runner name.
 
+    `different` counts the responses that the reference and the ONNX bundle give differently; None where there is no bundle.
+    """
+
+    model: str
     dataset: str
+    max_new_tokens: int
     evaluations: dict[str, Evaluation]
-    different: int | None
+    different: int | None = None
 
     def to_document(self) -> artifacts.Document:
         return {
             "schema": artifacts.schema_key("evaluation", 1),
+            "model": self.model,
             "dataset": self.dataset,
+            "max_new_tokens": self.max_new_tokens,
             "runners": [{"name": name, **result.to_document()} for name, result in self.evaluations.items()],
             "different_responses": self.different,
+            "written_by": f"voidprune {voidprune.__version__}",
         }
 
 
@@ -177,18 +189,16 @@ def evaluate_model(
     dataset: str,
     schedule: Schedule | None = None,
     baseline: str | None = None,
-    num_samples: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     provider: str | None = None,
     track: Track = untracked,
 ) -> EvaluationReport:
-    """Evaluate a bundle (reference and graphs, which must agree) or a model (whole, and under a schedule).
+    """Evaluate a bundle (reference and graphs, which must agree in float32) or a model (whole, and under a schedule).
 
-    For a bundle, `baseline` names the whole model to put beside it. Raises ParityError where a bundle disagrees with its reference.
+    For a bundle, `baseline` names the whole model to put beside it. Raises ParityError where a float32 bundle disagrees with its
+    reference, ScheduleError and ModelError where the options do not go with what `name` is.
     """
-    folder = find_model(name) if name != "demo" else None
-    bundled = folder is not None and is_bundle(folder)
     checkpoint = open_model(name)
     tokenizer = load_tokenizer(checkpoint.folder)
     ends = end_tokens(checkpoint.folder)
@@ -196,8 +206,8 @@ def evaluate_model(
         rows,
         tokenizer,
         end_tokens=ends,
-        max_length=checkpoint.architecture.context_length - max_new_tokens,
-        num_samples=num_samples,
+        max_length=checkpoint.architecture.context_length,
+        max_new_tokens=max_new_tokens,
     )
     results: dict[str, Evaluation] = {}
 
@@ -214,30 +224,63 @@ def evaluate_model(
                 on_progress=advance,
             )
 
-    device = default_device()
-    if bundled:
-        manifest = read_manifest(checkpoint.folder)
-        if baseline is not None:
-            whole = open_model(baseline)
-            manifest.schedule.check_model(whole.identity, place=str(checkpoint.folder))
-            with scheduled(load_model(whole.folder, device=device), full_schedule(whole.identity)) as runner:
-                run("whole model", runner)
-        slim = manifest.schedule.on_slim_model(checkpoint.identity)
-        with scheduled(load_model(checkpoint.folder, device=device), slim) as runner:
-            run("reference", runner)
-        if not manifest.graphs:
-            return EvaluationReport(dataset, results, None)
-        run("onnx", BundleSession(checkpoint.folder, provider=provider or default_provider()))
-        return EvaluationReport(dataset, results, require_agreement(results["reference"], results["onnx"]))
-    model: Any = load_model(checkpoint.folder, device=device)
-    if schedule is not None:
-        schedule.check_model(checkpoint.identity, place="the schedule")
-    with scheduled(model, full_schedule(checkpoint.identity)) as runner:
-        run("whole model", runner)
-    if schedule is not None:
-        with scheduled(model, schedule) as runner:
-            run("reference", runner)
-    return EvaluationReport(dataset, results, None)
+    different = None
+    if is_bundle(checkpoint.folder):
+        if schedule is not None:
+            raise ScheduleError(f"{name} is a bundle and has its schedule already", hint="give the whole model")
+        different = _run_bundle(checkpoint, run, baseline=baseline, provider=provider, results=results)
+    elif baseline is not None:
+        raise ModelError(f"{name} is no bundle to put beside a baseline", hint="leave --baseline out, or give a bundle")
+    else:
+        schedules = {"whole model": full_schedule(checkpoint.identity)}
+        if schedule is not None:
+            schedule.check_model(checkpoint.identity, place="the schedule")
+            schedules["reference"] = schedule
+        model = load_model(checkpoint.folder, device=default_device())
+        for label, actions in schedules.items():
+            with scheduled(model, actions) as runner:
+                run(label, runner)
+    return EvaluationReport(checkpoint.name, dataset, max_new_tokens, results, different)
+
+
+def _run_bundle(
+    checkpoint: Checkpoint,
+    run: Callable[[str, Runner], None],
+    *,
+    baseline: str | None,
+    provider: str | None,
+    results: dict[str, Evaluation],
+) -> int | None:
+    """Whole model, reference and graphs of a bundle; how many responses of the last two differ."""
+    manifest, device = read_manifest(checkpoint.folder), default_device()
+    dtype = precision_name(manifest.dtype)
+    if baseline is not None:
+        whole = open_model(baseline)
+        manifest.schedule.check_model(whole.identity, place=str(checkpoint.folder))
+        with scheduled(load_model(whole.folder, dtype=dtype, device=device), full_schedule(whole.identity)) as runner:
+            run("whole model", runner)
+    slim = manifest.schedule.on_slim_model(checkpoint.identity)
+    with scheduled(load_model(checkpoint.folder, dtype=dtype, device=device), slim) as runner:
+        run("reference", runner)
+    if not manifest.graphs:
+        return None
+    run("onnx", BundleSession(checkpoint.folder, provider=provider or default_provider()))
+    if manifest.dtype == "F32":
+        require_agreement(results["reference"], results["onnx"])
+    return count_differences(results["reference"], results["onnx"])
+
+
+def _check_baseline(baseline: Manifest, pruned: Manifest, *, place: str) -> None:
+    """Raise where a bundle is not the whole model of another, in the same precision."""
+    baseline.schedule.check_model(pruned.schedule.model, place=place)
+    if not baseline.schedule.is_full or (baseline.dtype, baseline.schedule.boundary) != (
+        pruned.dtype,
+        pruned.schedule.boundary,
+    ):
+        raise ModelError(
+            f"{place} is not the whole model in {pruned.dtype} with the boundary {pruned.schedule.boundary}",
+            hint="give the model itself as --baseline",
+        )
 
 
 def task_rows(tasks: str, *, num_items: int, split: str = "evaluation") -> list[Row]:
@@ -318,11 +361,13 @@ def benchmark_bundle(
     whole = open_model(baseline)
     with tempfile.TemporaryDirectory() as scratch:
         baseline_folder = whole.folder
-        if not is_bundle(whole.folder):
+        if is_bundle(whole.folder):
+            _check_baseline(read_manifest(whole.folder), manifest, place=baseline)
+        else:
             manifest.schedule.check_model(whole.identity, place=str(folder))
             baseline_folder = Path(scratch) / "baseline"
-            precision = {dtype: name for name, dtype in PRECISIONS.items()}[manifest.dtype]
             schedule = full_schedule(whole.identity, boundary=manifest.schedule.boundary)
+            precision = precision_name(manifest.dtype)
             export_model(whole, schedule, baseline_folder, precision=precision, provider=provider)
         with track("timing", num_rounds + 1, "rounds") as advance:
             benchmark = run_benchmark(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,27 @@ def describe(path: Path) -> tuple[artifacts.Document, list[Any]]:
     if kind == manifests.KIND:
         manifest = manifests.read_manifest(file.parent)
         return manifest.to_document(), [tables.manifest_table(manifest), tables.schedule_table(manifest.schedule)]
-    for name, render in (("evaluation", tables.evaluation_table), ("benchmark", tables.benchmark_table)):
-        if kind == name:
-            document = artifacts.read_document(file, kind=name, version=1)
-            return document, [render(document)]
-    if kind == "comparison":
-        document = artifacts.read_document(file, kind=kind, version=1)
-        return document, [tables.comparison_table(document["rows"])]
+    if kind in _RESULTS:
+        document = _read_result(file, kind)
+        return document, [_RESULTS[kind](document)]
     raise ArtifactError(f"{file} is not a file of voidprune")
+
+
+_RESULTS: dict[str, Callable[[artifacts.Document], Any]] = {
+    "evaluation": tables.evaluation_table,
+    "benchmark": tables.benchmark_table,
+    "comparison": lambda document: tables.comparison_table(document["rows"]),
+}
+
+
+def _read_result(file: Path, kind: str) -> artifacts.Document:
+    """A result file. It is whole when its table can be made. Raises ArtifactError."""
+    document = artifacts.read_document(file, kind=kind, version=1)
+    try:
+        _RESULTS[kind](document)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ArtifactError(f"{file} is not a whole {kind}: {error!r}", hint="measure again") from error
+    return document
 
 
 def collect_findings(folder: Path) -> Findings:
@@ -86,13 +99,17 @@ def collect_findings(folder: Path) -> Findings:
         raise ArtifactError(f"{folder} holds no results", hint="voidprune eval, bench and export write some")
 
     def document(kind: str) -> artifacts.Document | None:
-        return artifacts.read_document(found[kind], kind=kind, version=1) if kind in found else None
+        return _read_result(found[kind], kind) if kind in found else None
 
     pruned = [bundle for bundle in bundles if not bundle.schedule.is_full] or bundles
     schedule = read_schedule(found[SCHEDULE_KIND]) if SCHEDULE_KIND in found else None
+    schedule = schedule or (pruned[0].schedule if pruned else None)
+    profile = profiles.read_profile(found[profiles.KIND]) if profiles.KIND in found else None
+    if schedule is not None and profile is not None:
+        schedule.check_model(profile.model, place=f"the schedule in {folder}")
     return Findings(
-        profile=profiles.read_profile(found[profiles.KIND]) if profiles.KIND in found else None,
-        schedule=schedule or (pruned[0].schedule if pruned else None),
+        profile=profile,
+        schedule=schedule,
         manifest=pruned[0] if pruned else None,
         evaluation=document("evaluation"),
         comparison=document("comparison"),

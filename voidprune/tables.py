@@ -32,11 +32,11 @@ def profile_table(profile: Profile) -> Table:
         title=f"{profile.model.name}: LAC alpha {profile.lac.alpha:g}, {profile.calibration.num_samples} samples",
         caption="active: share of tokens; infl.: block influence; change: relative norm change",
     )
-    table.add_column("layer", justify="right")
+    table.add_column("layer", justify="right", no_wrap=True)
     for phase in Phase:
         table.add_column(f"{phase} active", no_wrap=True)
-        table.add_column("infl.", justify="right")
-        table.add_column("change", justify="right")
+        table.add_column("infl.", justify="right", no_wrap=True)
+        table.add_column("change", justify="right", no_wrap=True)
     for layer in range(profile.model.num_layers):
         cells: list[str] = []
         for phase in Phase:
@@ -62,7 +62,7 @@ def _bar(share: float, width: int = 6) -> str:
 
 def schedule_table(schedule: Schedule) -> Table:
     table = Table(title=f"{schedule.model.name}: {describe_origin(schedule)}")
-    table.add_column("layer", justify="right")
+    table.add_column("layer", justify="right", no_wrap=True)
     table.add_column("prefill")
     table.add_column("decode")
     table.add_column("in checkpoint")
@@ -82,9 +82,9 @@ def costs_table(sizes: ModelSizes, schedule: Schedule) -> Table:
     costs, whole = schedule_costs(sizes, schedule), baseline_costs(sizes, schedule)
     table = Table(title="costs", caption=f"prefill and decode: prompt of {PROMPT_LENGTH} tokens")
     table.add_column("")
-    table.add_column("whole model", justify="right")
-    table.add_column("schedule", justify="right")
-    table.add_column("ratio", justify="right")
+    table.add_column("whole model", justify="right", no_wrap=True)
+    table.add_column("schedule", justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
     for phase in Phase:
         executed = schedule.num_executed(phase)
         table.add_row(
@@ -106,12 +106,17 @@ def costs_table(sizes: ModelSizes, schedule: Schedule) -> Table:
 
 def evaluation_table(document: Mapping[str, Any]) -> Table:
     runners: Sequence[Mapping[str, Any]] = document["runners"]
-    table = Table(title=f"evaluation on {document['dataset']}", caption="accuracy with 95 % Wilson interval")
+    answered = bool(runners[0]["accuracy"])
+    caption = "accuracy with 95 % Wilson interval" if answered else None
+    table = Table(title=f"evaluation of {document['model']} on {document['dataset']}", caption=caption)
     table.add_column("")
     for result in runners:
-        table.add_column(result["name"], justify="right")
+        table.add_column(result["name"], justify="right", no_wrap=True)
     if runners[0]["perplexity"] is not None:
-        table.add_row("perplexity of given responses", *(f"{result['perplexity']:.4f}" for result in runners))
+        table.add_row(
+            f"perplexity of {runners[0]['num_scored']:,} given tokens",
+            *(f"{result['perplexity']:.4f}" for result in runners),
+        )
     tasks = runners[0]["accuracy"]
     for task, first in tasks.items():
         cells = []
@@ -119,7 +124,7 @@ def evaluation_table(document: Mapping[str, Any]) -> Table:
             low, high = result["accuracy"][task]["interval"]
             cells.append(f"{result['accuracy'][task]['share']:.1%} [{low * 100:.0f}-{high * 100:.0f}]")
         table.add_row(f"{task} ({first['num_items']} items)", *cells)
-    if document["different_responses"] is not None:
+    if document["different_responses"] is not None and answered:
         table.add_section()
         table.add_row(
             "responses that differ, reference to onnx", *[""] * (len(runners) - 1), str(document["different_responses"])
@@ -130,10 +135,10 @@ def evaluation_table(document: Mapping[str, Any]) -> Table:
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="criteria at equal budget", caption="mean accuracy over the tasks, validation split")
     for name in ("prefill", "decode", "criterion", "weights"):
-        table.add_column(name, justify="right" if name != "criterion" else "left")
+        table.add_column(name, justify="right" if name != "criterion" else "left", no_wrap=True)
     tasks = list(rows[0]["accuracy"])
     for task in (*tasks, "mean"):
-        table.add_column(task, justify="right")
+        table.add_column(task, justify="right", no_wrap=True)
     for row in rows:
         shares = list(row["accuracy"].values())
         table.add_row(
@@ -154,7 +159,7 @@ def benchmark_table(document: Mapping[str, Any]) -> Table:
     )
     table.add_column("")
     for name in ("TTFT ms", "TPOT ms", "weights", "peak RSS"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for timing in document["timings"]:
         table.add_row(
             timing["name"],

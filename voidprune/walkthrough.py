@@ -57,7 +57,7 @@ def run_demo(
     split. Exported is the winner of the first of DEMO_BUDGETS.
     """
     checkpoint = open_model("demo")
-    with artifacts.staged_folder(folder, overwrite=overwrite) as stage:
+    with artifacts.staged_folder(folder, overwrite=overwrite, marker="comparison.json") as stage:
         profile = profile_model(
             checkpoint, task_rows("demo", num_items=32, split="calibration"), track=track, batch_size=32
         )

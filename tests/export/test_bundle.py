@@ -67,7 +67,7 @@ def test_manifest_is_true(tiny_model: TinyModel, make_bundle: MakeBundle) -> Non
     assert manifest.schedule == schedule
     assert manifest.kept_layers == manifest.slots == (1, 2, 4, 5)
     assert manifest.source == tiny_model.name
-    assert manifest.source_bytes == tiny_model.checkpoint.num_bytes
+    assert manifest.source_bytes == (tiny_model.folder / "model.safetensors").stat().st_size
     assert manifest.dtype == "F32"
     assert manifest.context_length == 160
     assert manifest.files.keys() == manifest.sizes.keys() == FILES - {"README.md", "voidprune.json"}

@@ -56,8 +56,17 @@ def test_config_says_only_what_changed(tiny_model: TinyModel, tmp_path: Path) ->
     before = read_json(tiny_model.folder / "config.json")
     after = read_json(slim(tiny_model.folder, tmp_path / "slim") / "config.json")
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed <= {"num_hidden_layers", "layer_types", "max_window_layers"}
+    assert changed <= {"num_hidden_layers", "layer_types", "max_window_layers", "rope_theta", "rope_scaling"}
     assert after["num_hidden_layers"] == len(KEPT)
+
+
+def test_rope_is_spelled_for_transformers_4_too(get_model: Callable[[str], TinyModel], tmp_path: Path) -> None:
+    """4.57 does not read `rope_parameters` and would silently run with a base of 10,000."""
+    source = get_model("llama-rope-llama3")
+    config = read_json(slim(source.folder, tmp_path / "slim") / "config.json")
+    written = config["rope_parameters"]
+    assert config["rope_theta"] == written["rope_theta"]
+    assert config["rope_scaling"] == {name: value for name, value in written.items() if name != "rope_theta"}
 
 
 def test_windows_follow_their_layers(get_model: Callable[[str], TinyModel], tmp_path: Path) -> None:

@@ -35,9 +35,3 @@ def test_unknown_criterion_names_the_known() -> None:
         find_criterion("magic")
     assert caught.value.hint is not None
     assert all(name in caught.value.hint for name in CRITERIA)
-
-
-def test_the_command_line_offers_exactly_these() -> None:
-    from voidprune.cli import CRITERIA as OFFERED
-
-    assert tuple(CRITERIA) == OFFERED

@@ -23,7 +23,7 @@ def plan(
 
 
 @pytest.mark.parametrize(
-    ("keep", "layers", "kept"), [(0.3, 12, 4), (0.5, 5, 3), (0.01, 12, 1), (1, 12, 12), (0.125, 12, 2)]
+    ("keep", "layers", "kept"), [(0.3, 12, 4), (0.5, 5, 3), (0.01, 12, 1), (1, 12, 12), (0.125, 12, 2), (0.29, 50, 15)]
 )
 def test_half_rounds_up_and_one_layer_stays(keep: float, layers: int, kept: int) -> None:
     assert num_kept(keep, layers) == kept
@@ -74,6 +74,21 @@ def test_controls_need_no_profile() -> None:
     assert plan_schedule(MODEL, None, criterion="last-n", keep=keep).decode == (LayerAction.SKIP, LayerAction.FULL)
     with pytest.raises(BudgetError, match="needs a profile"):
         plan_schedule(MODEL, None, criterion="lac", keep=keep)
+
+
+def test_a_profile_of_another_model_is_refused() -> None:
+    other = ModelIdentity("other", "llama", 2, "sha256:def")
+    with pytest.raises(BudgetError, match="the profile is of tiny, not of other"):
+        plan_schedule(other, make_profile(), criterion="lac", keep=dict.fromkeys(Phase, 0.5))
+
+
+def test_random_layers_differ_between_phases_that_are_split() -> None:
+    large = ModelIdentity("large", "llama", 40, "sha256:abc")
+    keep = dict.fromkeys(Phase, 0.5)
+    split = plan_schedule(large, None, criterion="random", keep=keep, single_turn=True)
+    assert [action.executes for action in split.prefill] != [action.executes for action in split.decode]
+    shared = plan_schedule(large, None, criterion="random", keep=keep, shared=True)
+    assert shared.prefill == shared.decode
 
 
 def test_a_phase_without_tokens_is_refused() -> None:

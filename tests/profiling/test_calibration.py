@@ -44,7 +44,7 @@ def test_every_shape_is_read(tmp_path: Path) -> None:
 
 
 def test_a_text_file_is_cut_at_empty_lines(tmp_path: Path) -> None:
-    rows = read_rows(write(tmp_path / "data.txt", "one", "still one", "", "", "two"))
+    rows = read_rows(write(tmp_path / "data.txt", "one", "still one", "", " ", "two"))
     assert [row.text for row in rows] == ["one\nstill one", "two"]
 
 
@@ -57,6 +57,8 @@ def test_a_text_file_is_cut_at_empty_lines(tmp_path: Path) -> None:
         ('{"prompt": 3}', "line 2: prompt is not a text"),
         ('{"prompt": " "}', "line 2: the prompt is empty"),
         ('{"text": ""}', "line 2: text is empty"),
+        ('{"prompt": "\\ud800"}', "line 2: prompt is not a text"),
+        ("[" * 100_000, "line 2 is not JSON"),
         ('{"messages": []}', "line 2: messages is not a list"),
         ('{"messages": [{"role": "user"}]}', "line 2: messages is not a list"),
         ('{"messages": [{"role": "assistant", "content": "r"}]}', "line 2: messages holds a response but no prompt"),
@@ -103,18 +105,43 @@ def test_plain_text_is_cut_in_the_middle(tmp_path: Path) -> None:
     assert sample.response is not None
     assert list(sample.prompt + sample.response) == whole
     assert 0 <= len(sample.prompt) - len(sample.response) <= 1
-    (cut,) = encode_rows(rows, tokenizer, end_tokens=(), max_length=4)
-    assert list(cut.prompt + (cut.response or ())) == whole[:4]
+    pieces = encode_rows(rows, tokenizer, end_tokens=(), max_length=4)
+    kept = [token for piece in pieces for token in (*piece.prompt, *(piece.response or ()))]
+    assert kept == whole[: len(kept)]
+    assert len(whole) - len(kept) <= 1
+    assert all(len(piece.prompt) + len(piece.response or ()) <= 4 for piece in pieces)
 
 
 def test_what_is_too_long_or_without_response_is_named(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(demo_folder())
     rows = read_rows(write(tmp_path / "data.jsonl", '{"prompt": "Sort: 3, 1"}'))
-    with pytest.raises(DatasetError, match=r"line 1 has .* tokens; the longest allowed is 3"):
+    with pytest.raises(DatasetError, match=r"line 1 needs .* tokens with its response; the longest allowed is 3"):
         encode_rows(rows, tokenizer, end_tokens=(), max_length=3)
     samples = encode_rows(rows, tokenizer, end_tokens=(), max_length=100)
     with pytest.raises(DatasetError, match="line 1 has no response"):
         require_responses(samples)
+
+
+def test_json_under_another_name_is_not_taken_for_prose(tmp_path: Path) -> None:
+    assert read_rows(write(tmp_path / "data.txt", '{"prompt": "a"}'))[0].messages
+    with pytest.raises(DatasetError, match="line 1 is not a JSON object"):
+        read_rows(write(tmp_path / "data.json", '[{"prompt": "a"}]'))
+
+
+def test_room_is_kept_for_answers_only(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(demo_folder())
+    rows = read_rows(
+        write(tmp_path / "data.jsonl", '{"prompt": "Sort: 3, 1", "answer": "1, 3"}', '{"prompt": "Sort: 3, 1"}')
+    )
+    assert len(encode_rows(rows[1:], tokenizer, end_tokens=(), max_length=40, max_new_tokens=39)) == 1
+    with pytest.raises(DatasetError, match="line 1 needs"):
+        encode_rows(rows, tokenizer, end_tokens=(), max_length=40, max_new_tokens=39)
+
+
+def test_a_template_that_refuses_names_the_line(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path / "data.jsonl", '{"messages": [{"role": "system", "content": "be brief"}]}'))
+    with pytest.raises(DatasetError, match="line 1: the model's chat template refuses"):
+        encode_rows(rows, load_tokenizer(demo_folder()), end_tokens=(), max_length=100)
 
 
 def test_the_built_in_prompts_differ() -> None:

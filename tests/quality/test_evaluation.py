@@ -12,7 +12,7 @@ import pytest
 
 from voidprune.errors import DatasetError, ParityError
 from voidprune.profiling.calibration import Sample
-from voidprune.quality.evaluation import Accuracy, Evaluation, answer_of, evaluate, require_agreement
+from voidprune.quality.evaluation import Accuracy, Evaluation, answer_of, count_differences, evaluate, require_agreement
 
 
 class Parrot:
@@ -83,7 +83,8 @@ def test_wilson_interval() -> None:
 def test_agreement() -> None:
     one = Evaluation(perplexity=2.0, num_scored=10, accuracy={}, responses=tuple((number,) for number in range(200)))
     near = replace(one, perplexity=2.0001, responses=((7,), *one.responses[1:]))
-    assert require_agreement(one, near) == 1
+    require_agreement(one, near)
+    assert count_differences(one, near) == 1
     with pytest.raises(ParityError, match="disagree"):
         require_agreement(one, replace(one, perplexity=2.01))
     with pytest.raises(ParityError, match="3 of 200 responses differ"):

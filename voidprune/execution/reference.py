@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from voidprune.models.architecture import ModulePaths
 from voidprune.models.families import find_family
+from voidprune.models.pretrained import generate_greedily
 from voidprune.schedule import Boundary, Phase, Schedule
 
 
@@ -81,27 +82,18 @@ class ScheduledModel:
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_tokens: Sequence[int] = ()
     ) -> list[list[int]]:
-        """Greedy responses, each up to and including its end token. Rows are padded on the left and decoded together."""
-        width = max(map(len, prompts))
-        input_ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask_BS = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        is_decode_BT = torch.tensor(decode_mask(width, width, self.schedule.boundary)).expand_as(input_ids_BT)
-        responses: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        cache = DynamicCache()
-        for _ in range(max_new_tokens):
-            logits_B1V = self.forward(
+        """Greedy responses, each up to and including its end token: see `models.pretrained.generate_greedily`."""
+
+        def advance(input_ids_BT: Tensor, mask_BS: Tensor, cache: DynamicCache) -> Tensor:
+            width = input_ids_BT.shape[1]
+            is_first = mask_BS.shape[1] == width
+            flags = decode_mask(width, width, self.schedule.boundary) if is_first else [True]
+            is_decode_BT = torch.tensor(flags).expand_as(input_ids_BT)
+            return self.forward(
                 input_ids_BT, is_decode_BT=is_decode_BT, attention_mask_BS=mask_BS, cache=cache, last_only=True
             )
-            input_ids_BT = logits_B1V.argmax(-1).cpu()
-            for row in sorted(running):
-                responses[row].append(int(input_ids_BT[row, 0]))
-            running = {row for row in running if responses[row][-1] not in end_tokens}
-            if not running:
-                break
-            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(prompts), 1)], dim=1)
-            is_decode_BT = torch.ones_like(input_ids_BT, dtype=torch.bool)
-        return responses
+
+        return generate_greedily(advance, prompts, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]

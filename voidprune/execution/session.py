@@ -48,6 +48,11 @@ class BundleSession:
         }
         self.boundary = self.manifest.schedule.boundary
         decode = self.sessions[Phase.DECODE]
+        if decode.get_outputs()[0].type not in _NUMPY_DTYPES:
+            raise RuntimeProviderError(
+                f"this runner has no host type for logits of {decode.get_outputs()[0].type}",
+                hint="export with --precision fp16 or fp32, or run the folder in onnxruntime-genai",
+            )
         self.vocab_size = int(decode.get_outputs()[0].shape[-1])
         self.dtype = _NUMPY_DTYPES[decode.get_outputs()[0].type]
 
@@ -155,7 +160,7 @@ class Conversation:
 
     def decode(self, tokens_BT: Array) -> Array:
         """Process T generated tokens a row. Returns the logits after each, [B, T, V]. Raises ContextLengthError."""
-        if tokens_BT.shape[1] == 1 or len(set(self.lengths)) == 1 == len(self.lengths):
+        if tokens_BT.shape[1] == 1 or len(self.lengths) == 1:
             return self._run(Phase.DECODE, tokens_BT, slice(0, len(tokens_BT)))
         rows = [self._run(Phase.DECODE, tokens_BT[row : row + 1], slice(row, row + 1)) for row in range(len(tokens_BT))]
         return np.concatenate(rows)
@@ -249,7 +254,7 @@ def _open_session(path: Path, *, provider: str, dtype: str) -> ort.InferenceSess
         reason = str(error).strip().splitlines()[0]
         raise RuntimeProviderError(
             f"onnxruntime cannot load {path.name} on {provider}: {reason}",
-            hint="bf16 and fp16 graphs need --provider cuda; for the CPU, export with --precision fp32",
+            hint="onnxruntime has no bf16 kernels for the CPU: export with --precision fp32, or use --provider cuda",
         ) from error
     if session.get_providers()[0] != wanted:  # onnxruntime falls back to the CPU with a log line only
         raise RuntimeProviderError(

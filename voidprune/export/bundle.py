@@ -17,6 +17,7 @@ from pathlib import Path
 
 import voidprune
 from voidprune import artifacts
+from voidprune.errors import OutputError
 from voidprune.execution import manifest as manifests
 from voidprune.execution.manifest import Graph, Manifest, Parity
 from voidprune.export.genai import FILE as GENAI_FILE
@@ -24,6 +25,7 @@ from voidprune.export.genai import describe_genai
 from voidprune.export.hf_checkpoint import write_slim_checkpoint
 from voidprune.export.model_card import write_model_card
 from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, header_hash, open_checkpoint
+from voidprune.models.pretrained import end_tokens
 from voidprune.schedule import Phase, Schedule
 
 FORMATS = ("hf", "onnx")
@@ -48,7 +50,9 @@ def export_bundle(
     because the graphs read it. Raises ScheduleError, ModelError, CheckpointError, OutputError.
     """
     schedule.check_model(source.identity, place="the schedule")
-    with artifacts.staged_folder(folder, overwrite=overwrite) as stage:
+    if source.folder.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(f"{folder} holds the model itself", hint="choose another --output")
+    with artifacts.staged_folder(folder, overwrite=overwrite, marker=manifests.FILE) as stage:
         write_slim_checkpoint(source, schedule.union, stage, precision=precision)
         slim = open_checkpoint(stage, name=folder.name)
         graphs = _write_graphs(slim, schedule, stage) if "onnx" in formats else {}
@@ -61,7 +65,7 @@ def export_bundle(
             context_length=slim.architecture.context_length,
             graphs=graphs,
             source=source.name,
-            source_bytes=source.num_bytes,
+            source_bytes=sum(file.stat().st_size for file in {record.file for record in source.tensors.values()}),
             weights_header=header_hash(stage / WEIGHTS_FILE),
             files={path.name: artifacts.file_hash(path) for path in files},
             sizes={path.name: path.stat().st_size for path in files},
@@ -90,7 +94,7 @@ def _write_graphs(slim: Checkpoint, schedule: Schedule, stage: Path) -> dict[Pha
             }
         )
         save_graph(model, stage / graphs[phase].file)
-    genai = describe_genai(slim, graphs, num_slots=len(schedule.kv_layers))
+    genai = describe_genai(slim, graphs, num_slots=len(schedule.kv_layers), end_tokens=end_tokens(stage))
     artifacts.write_file(stage / GENAI_FILE, artifacts.canonical_bytes(genai))
     return graphs
 

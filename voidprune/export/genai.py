@@ -7,6 +7,7 @@ tokens. Layers of its config are cache slots, without gaps. Tried with onnxrunti
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from voidprune.artifacts import Document
@@ -17,18 +18,18 @@ from voidprune.schedule import Phase
 FILE = "genai_config.json"
 
 
-def describe_genai(checkpoint: Checkpoint, graphs: dict[Phase, Graph], *, num_slots: int) -> Document:
+def describe_genai(
+    checkpoint: Checkpoint, graphs: dict[Phase, Graph], *, num_slots: int, end_tokens: Sequence[int]
+) -> Document:
     """The config of a bundle whose slim checkpoint is `checkpoint`."""
     architecture, config = checkpoint.architecture, checkpoint.config
-    end = config.get("eos_token_id")
-    start = config.get("bos_token_id")
-    first_end = end[0] if isinstance(end, list) else end
-    pad = config.get("pad_token_id")
+    start, pad = config.get("bos_token_id"), config.get("pad_token_id")
+    first_end = end_tokens[0] if end_tokens else None
     return {
         "model": {
             "type": "decoder-pipeline",
             "bos_token_id": first_end if start is None else start,
-            "eos_token_id": end,
+            "eos_token_id": list(end_tokens) if len(end_tokens) > 1 else first_end,
             "pad_token_id": first_end if pad is None else pad,
             "vocab_size": architecture.vocab_size,
             "context_length": architecture.context_length,

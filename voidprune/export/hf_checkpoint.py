@@ -14,6 +14,7 @@ from typing import Any
 from voidprune.errors import ModelError
 from voidprune.models.architecture import remap_config
 from voidprune.models.checkpoint import (
+    PRECISIONS,
     WEIGHTS_FILE,
     Checkpoint,
     TensorRecord,
@@ -23,7 +24,6 @@ from voidprune.models.checkpoint import (
     read_tensor,
 )
 
-PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken",
             "chat_template*", "LICENSE*", "NOTICE*")  # fmt: skip

@@ -265,7 +265,7 @@ def remap_config(config: Config, spec: FamilySpec, kept: Sequence[int]) -> dict[
     Lists that transformers would otherwise derive from the layer's number are written out.
     """
     refuse_unknown_layer_fields(config, spec)
-    new = dict(config)
+    new = {**_rope_for_transformers_4(config), **config}
     if spec.windows is Windows.LAYER_TYPES:
         new["layer_types"] = list(layer_types(config, spec))
     for name, kind in spec.per_layer.items():
@@ -284,6 +284,16 @@ def remap_config(config: Config, spec: FamilySpec, kept: Sequence[int]) -> dict[
             case PerLayer.INERT:
                 pass
     return new
+
+
+def _rope_for_transformers_4(config: Config) -> dict[str, Any]:
+    """`rope_parameters` as 4.x spells it: without, it would silently fall back to an unscaled base of 10,000."""
+    written = config.get("rope_parameters")
+    if not isinstance(written, dict) or "rope_theta" not in written:
+        return {}
+    rest = {name: value for name, value in written.items() if name != "rope_theta"}
+    scaling = rest if rest.get("rope_type", "default") != "default" else None
+    return {"rope_theta": written["rope_theta"], "rope_scaling": scaling}
 
 
 def _read_rope(reader: _ConfigReader) -> Rope:

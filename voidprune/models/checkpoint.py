@@ -38,6 +38,8 @@ DTYPE_BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+"""Names on the command line, and those of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,10 @@ class Checkpoint:
         dtypes = {record.dtype for record in self.tensors.values() if len(record.shape) == 2}
         if len(dtypes) != 1:
             raise CheckpointError(f"the matrices of {self.folder} are of several dtypes: {', '.join(sorted(dtypes))}")
-        return dtypes.pop()
+        (dtype,) = dtypes
+        if dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"the matrices of {self.folder} are {dtype}; {', '.join(FLOAT_DTYPES)} are supported")
+        return dtype
 
 
 def find_model(name: str, *, revision: str | None = None) -> Path:
@@ -113,6 +118,7 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
             huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
+                ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
                 allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"],
             )
         )
@@ -254,6 +260,11 @@ def _parse_record(name: str, entry: Any, file: Path, *, base: int) -> TensorReco
     if end - begin != expected:
         raise CheckpointError(f"{file}: {name} is {dtype} {list(shape)}, {expected} bytes, but spans {end - begin}")
     return TensorRecord(name=name, dtype=dtype, shape=shape, file=file, offset=base + begin, num_bytes=expected)
+
+
+def precision_name(dtype: str) -> str:
+    """The command line's name of a float dtype in safetensors' spelling."""
+    return next(name for name, stored in PRECISIONS.items() if stored == dtype)
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:

@@ -5,15 +5,19 @@ transformers and torch are imported when a function is called, never when this m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from voidprune.errors import ModelError
+from voidprune.errors import DatasetError, ModelError, RuntimeProviderError
 from voidprune.models.checkpoint import read_json
+from voidprune.models.families import read_architecture
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+    Advance = Callable[[Tensor, Tensor, DynamicCache], Tensor]
 
 Message = Mapping[str, str]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -40,8 +44,32 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
     model, found = outcome
     if missing := found["missing_keys"]:
         raise ModelError(f"{folder} lacks {min(missing)}; transformers would make it up")
-    loaded: PreTrainedModel = model.to(device).eval()
+    _check_rotary_frequencies(model, folder)
+    try:
+        loaded: PreTrainedModel = model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise RuntimeProviderError(
+            f"torch cannot use the device {device}: {_first_line(error)}", hint="use --device cpu or --provider cpu"
+        ) from error
     return loaded
+
+
+def _check_rotary_frequencies(model: Any, folder: Path) -> None:
+    """Refuse a model whose rotary embedding is not the one of its config.
+
+    transformers 4.57 ignores the `rope_parameters` that 5.x writes, and runs with another base without a word.
+    """
+    import numpy as np
+    import transformers
+
+    architecture = read_architecture(read_json(folder / "config.json"))
+    expected = architecture.rope.inverse_frequencies(architecture.head_dim)
+    for name, buffer in model.named_buffers():
+        if name.endswith("rotary_emb.inv_freq") and not np.allclose(buffer.float().cpu().numpy(), expected, rtol=1e-4):
+            raise ModelError(
+                f"transformers {transformers.__version__} does not run {folder} with the rotary embedding of its config.json",
+                hint="install transformers 5, or write rope_theta and rope_scaling into config.json as 4.x reads them",
+            )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -59,6 +87,34 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def generate_greedily(
+    advance: Advance, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_tokens: Sequence[int]
+) -> list[list[int]]:
+    """Greedy responses, each up to and including its end token. Rows are padded on the left and decoded together.
+
+    Nothing of a generation config is applied. `advance(input_ids_BT, attention_mask_BS, cache)` runs one pass, extends the cache
+    and returns the logits of the last token, [B, 1, V].
+    """
+    import torch
+    from transformers import DynamicCache
+
+    width = max(map(len, prompts))
+    input_ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask_BS = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    responses: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    cache = DynamicCache()
+    for _ in range(max_new_tokens):
+        input_ids_BT = advance(input_ids_BT, mask_BS, cache).argmax(-1).cpu()
+        for row in sorted(running):
+            responses[row].append(int(input_ids_BT[row, 0]))
+        running = {row for row in running if responses[row][-1] not in end_tokens}
+        if not running:
+            break
+        mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(prompts), 1)], dim=1)
+    return responses
 
 
 def default_device() -> str:
@@ -81,15 +137,26 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
-    rendered: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-    )
+    import jinja2
+
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+        )
+    except jinja2.TemplateError as error:
+        raise DatasetError(
+            f"the model's chat template refuses the messages: {_first_line(error)}", hint="use the roles that it knows"
+        ) from error
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, *, end: Sequence[int]) -> list[int]:
-    """A response as the model would have generated it: no start token, the first end token behind it."""
-    return list(tokenizer(response, add_special_tokens=False)["input_ids"]) + list(end[:1])
+    """A response as the model would have generated it: no start token, and behind it the token that ends a turn.
+
+    Of several end tokens that is the tokenizer's own (Llama 3: <|eot_id|>, not <|end_of_text|>), else the first.
+    """
+    last = [tokenizer.eos_token_id] if tokenizer.eos_token_id in end else list(end[:1])
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], *last]
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:

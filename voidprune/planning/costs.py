@@ -1,6 +1,8 @@
 """What a schedule costs: bytes of weights, K/V bytes a token, arithmetic of prefill, bytes read by decode.
 
-Exact for weights and K/V. FLOPs count matrix products (two a weight and token) and attention scores, nothing else.
+Exact for weights and K/V. FLOPs count matrix products (two a weight and token) and attention scores, nothing else; with the
+boundary "prefill" they are a little high, because the graph leaves the last layer's output projection and MLP to the last token.
+Sliding windows are counted as full attention.
 """
 
 from __future__ import annotations

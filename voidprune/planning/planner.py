@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
 
 from voidprune.errors import BudgetError
 from voidprune.planning.criteria import find_criterion
@@ -22,11 +22,12 @@ from voidprune.schedule import (
 
 def num_kept(keep: float, num_layers: int) -> int:
     """`max(1, round(keep * num_layers))`, half rounds up. Raises BudgetError outside of (0, 1]."""
-    if not 0 < keep <= 1:
+    if not 0 < keep <= 1:  # NaN is outside, too
         raise BudgetError(
             f"a keep ratio of {keep:g} is outside of (0, 1]", hint="--keep 0.5 keeps half of the layers in each phase"
         )
-    return max(1, math.floor(keep * num_layers + 0.5))
+    exact = Decimal(str(keep)) * num_layers  # 0.29 of 50 layers is 14.5, not the 14.4999... of binary fractions
+    return max(1, int(exact.quantize(Decimal(1), rounding=ROUND_HALF_UP)))
 
 
 def top_layers(scores: Sequence[float], count: int) -> tuple[int, ...]:
@@ -48,9 +49,13 @@ def plan_schedule(
 ) -> Schedule:
     """The best layers of each phase, or with `shared` of both phases together, each run whole.
 
-    Raises BudgetError: a keep ratio outside of (0, 1], different ratios for shared phases, an unknown criterion, or one that
-    needs a profile without one; ScheduleError where the profile is of another model.
+    Raises BudgetError: a keep ratio outside of (0, 1], different ratios for shared phases, an unknown criterion, one that needs a
+    profile without one, or a profile of another model.
     """
+    if profile is not None and profile.model.fingerprint != model.fingerprint:
+        raise BudgetError(
+            f"the profile is of {profile.model.name}, not of {model.name}", hint="profile the model itself"
+        )
     chosen = find_criterion(criterion)
     if chosen.needs_profile and profile is None:
         raise BudgetError(f"criterion {criterion} needs a profile", hint="make one with voidprune profile")
@@ -65,9 +70,12 @@ def plan_schedule(
     for phase in Phase:
         if chosen.needs_profile and not statistics[phase].num_tokens:
             raise BudgetError(f"the profile has seen no token of {phase}", hint="profile with longer responses")
+    # A random choice is another one in each phase, unless the phases are one.
+    seeds = {phase: seed if shared else 2 * seed + number for number, phase in enumerate(Phase)}
     chosen_actions = {
         phase: _run_layers(
-            top_layers(chosen.score(statistics[phase], seed), num_kept(keep[phase], model.num_layers)), model.num_layers
+            top_layers(chosen.score(statistics[phase], seeds[phase]), num_kept(keep[phase], model.num_layers)),
+            model.num_layers,
         )
         for phase in Phase
     }
@@ -82,6 +90,9 @@ def plan_schedule(
     }
     if criterion == "random":
         origin["seed"] = seed
+    if profile is not None and chosen.needs_profile:
+        origin["alpha"] = profile.lac.alpha
+        origin["calibration"] = ", ".join(profile.calibration.fingerprints)
     return Schedule(
         model=model, prefill=prefill, decode=decode, boundary=boundary, single_turn=single_turn, origin=origin
     )

@@ -7,7 +7,8 @@ Two kinds of file are read. JSONL: each line is an object of one of these shapes
     {"instruction": ..., "input": ..., "output": ...}               input and output may be absent
     {"text": ...}                                                   plain text, no chat template
 
-Anything else is read as plain text, one sample a paragraph. Prompts and messages go through the model's chat template where it
+Anything else is read as plain text, paragraph by paragraph. Text longer than the longest sample becomes
+several. Prompts and messages go through the model's chat template where it
 has one. Plain text is cut in the middle: the first half of its tokens is the prompt, the second half the response.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -61,11 +63,11 @@ def read_rows(path: Path) -> list[Row]:
         raise DatasetError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise DatasetError(f"cannot read {path}: {error.strerror}") from error
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson") or content.lstrip()[:1] in ("{", "["):
         lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
         rows = [_parse_line(line, group=path.stem, place=f"{path}, line {number}") for number, line in lines]
     else:
-        paragraphs = [paragraph.strip() for paragraph in content.split("\n\n")]
+        paragraphs = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", content)]
         rows = [
             Row(place=f"{path}, paragraph {number}", text=paragraph, group=path.stem)
             for number, paragraph in enumerate(paragraphs, start=1)
@@ -88,14 +90,14 @@ def default_rows() -> list[Row]:
 def _parse_line(line: str, *, group: str, place: str) -> Row:
     try:
         document = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{place} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{place} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise DatasetError(f"{place} is not a JSON object", hint=f"give an object with {SHAPES}")
 
     def text_of(key: str) -> str | None:
         value = document.get(key)
-        if value is not None and not isinstance(value, str):
+        if value is not None and not _is_text(value):
             raise DatasetError(f"{place}: {key} is not a text")
         return value
 
@@ -118,9 +120,14 @@ def _parse_line(line: str, *, group: str, place: str) -> Row:
     return Row(place=place, messages=tuple(messages), response=response, answer=answer, group=group)
 
 
+def _is_text(value: Any) -> bool:
+    """A string without lone surrogates, which JSON can write and tokenizers cannot read."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode("utf-8")
+
+
 def _parse_messages(value: Any, *, place: str) -> tuple[Sequence[Message], str | None]:
     well_formed = isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        isinstance(message, dict) and isinstance(message.get("role"), str) and _is_text(message.get("content"))
         for message in value
     )
     if not well_formed or not value:
@@ -139,37 +146,46 @@ def encode_rows(
     *,
     end_tokens: Sequence[int],
     max_length: int,
+    max_new_tokens: int = 0,
     num_samples: int | None = None,
 ) -> list[Sample]:
-    """Tokenize the first `num_samples` rows. Plain text is cut to `max_length` tokens.
+    """Tokenize the first `num_samples` rows.
 
-    Raises DatasetError for a prompt and response longer than `max_length` together, naming the line.
+    A sample has at most `max_length` tokens, and where the row has an answer leaves `max_new_tokens` for it. Longer text becomes
+    several samples. Raises DatasetError for any other row that does not fit, naming the line.
     """
     samples = []
     for row in list(rows)[:num_samples]:
         if row.text is not None:
-            tokens = encode_text(tokenizer, row.text)[:max_length]
-            if len(tokens) < 2:
-                raise DatasetError(f"{row.place} is shorter than two tokens")
-            middle = (len(tokens) + 1) // 2
-            prompt, response = tokens[:middle], tokens[middle:]
-        else:
+            samples += _encode_text_row(row, tokenizer, max_length)
+            continue
+        try:
             prompt = encode_chat(tokenizer, row.messages)
-            response = [] if row.response is None else encode_response(tokenizer, row.response, end=end_tokens)
-            if len(prompt) + len(response) > max_length:
-                raise DatasetError(
-                    f"{row.place} has {len(prompt) + len(response)} tokens; the longest allowed is {max_length}",
-                    hint="shorten it, or raise --max-length",
-                )
-        samples.append(
-            Sample(
-                prompt=tuple(prompt),
-                response=tuple(response) or None,
-                answer=row.answer,
-                group=row.group,
-                place=row.place,
+        except DatasetError as error:
+            raise DatasetError(f"{row.place}: {error.message}", hint=error.hint) from error
+        response = [] if row.response is None else encode_response(tokenizer, row.response, end=end_tokens)
+        length = len(prompt) + max(len(response), max_new_tokens if row.answer is not None else 0)
+        if length > max_length:
+            raise DatasetError(
+                f"{row.place} needs {length} tokens with its response; the longest allowed is {max_length}",
+                hint="shorten it, or ask for fewer new tokens",
             )
-        )
+        samples.append(Sample(tuple(prompt), tuple(response) or None, row.answer, row.group, row.place))
+    return samples
+
+
+def _encode_text_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Sample]:
+    """Plain text, in pieces of at most `max_length` tokens; a last piece of a single token is left out."""
+    assert row.text is not None
+    tokens = encode_text(tokenizer, row.text)
+    if len(tokens) < 2:
+        raise DatasetError(f"{row.place} is shorter than two tokens")
+    pieces = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
+    samples = []
+    for piece in pieces:
+        if len(piece) > 1:
+            middle = (len(piece) + 1) // 2
+            samples.append(Sample(tuple(piece[:middle]), tuple(piece[middle:]), row.answer, row.group, row.place))
     return samples
 
 

@@ -6,6 +6,7 @@ order of the samples, whatever batches they were run in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,12 @@ class Calibration:
     max_new_tokens: int
     fingerprints: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if type(self.num_samples) is not int or type(self.max_new_tokens) is not int or self.num_samples < 0:
+            raise ValueError("the counts of the calibration are not whole numbers")
+        if self.responses not in ("generate", "dataset") or not all(isinstance(one, str) for one in self.fingerprints):
+            raise ValueError("the calibration is not described as it should be")
+
 
 @dataclass(frozen=True)
 class LacSettings:
@@ -89,6 +96,12 @@ class LacSettings:
 
     alpha: float = 0.8
     arithmetic: str = "float32"
+
+    def __post_init__(self) -> None:
+        if type(self.alpha) not in (int, float) or not math.isfinite(self.alpha) or self.alpha < 0:
+            raise ValueError(f"alpha is {self.alpha!r}, not a number from 0 up")
+        if self.arithmetic not in ("float32", "model"):
+            raise ValueError(f"arithmetic is {self.arithmetic!r}")
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,8 @@ class Profile:
     def __post_init__(self) -> None:
         frozen = {name: MappingProxyType(dict(phases)) for name, phases in sorted(self.groups.items())}
         object.__setattr__(self, "groups", MappingProxyType(frozen))
+        if len(self.sizes.layers) != self.model.num_layers:
+            raise ValueError(f"sizes of {len(self.sizes.layers)} layers, not {self.model.num_layers}")
         for phases in frozen.values():
             for statistics in phases.values():
                 if len(statistics.active) != self.model.num_layers:

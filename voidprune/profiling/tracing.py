@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.families import find_family
+from voidprune.models.pretrained import generate_greedily
 from voidprune.models.sizes import measure_sizes
 from voidprune.profiling.calibration import Sample, fingerprint_samples
 from voidprune.profiling.profile import Calibration, LacSettings, LayerStatistics, Profile, empty_statistics
@@ -95,26 +96,25 @@ def generate_responses(
 ) -> list[Sample]:
     """The samples with greedy responses of the model, each up to and including its end token."""
     finished: dict[int, Sample] = {}
+
+    def advance(input_ids_BT: Tensor, mask_BS: Tensor, cache: DynamicCache) -> Tensor:
+        position_ids_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            logits_B1V: Tensor = model(
+                input_ids=input_ids_BT.to(model.device),
+                attention_mask=mask_BS.to(model.device),
+                position_ids=position_ids_BS[:, -input_ids_BT.shape[1] :].to(model.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+        return logits_B1V
+
     for batch in _batches(samples, batch_size):
         prompts = [samples[index].prompt for index in batch]
-        width = max(map(len, prompts))
-        device = model.device
-        input_ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        with torch.inference_mode():
-            tokens_BT = model.generate(  # type: ignore[operator]
-                input_ids=input_ids_BT,
-                attention_mask=mask_BT,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(end_tokens) or None,
-                pad_token_id=end_tokens[0] if end_tokens else 0,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )
-        for index, tokens in zip(batch, tokens_BT[:, width:].tolist(), strict=True):
-            finished[index] = replace(samples[index], response=tuple(_until_end(tokens, end_tokens)))
+        responses = generate_greedily(advance, prompts, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
+        for index, response in zip(batch, responses, strict=True):
+            finished[index] = replace(samples[index], response=tuple(response))
         if on_progress is not None:
             on_progress(len(batch), sum(len(finished[index].response or ()) for index in batch))
     return [finished[index] for index in range(len(samples))]
@@ -196,10 +196,3 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(samples)), key=lambda index: (len(samples[index].prompt), index))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-
-def _until_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
-    for position, token in enumerate(tokens):
-        if token in end_tokens:
-            return tokens[: position + 1]
-    return tokens

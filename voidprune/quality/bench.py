@@ -1,13 +1,15 @@
 """How fast and how large: bundles side by side under onnxruntime, interleaved in one run.
 
 Every round times each bundle once, so that a machine that slows down slows all of them; ratios are taken round by round. TTFT is
-one prefill of a prompt (its logits included); TPOT is the mean over the decode steps that follow. Memory is measured in a process
+one prefill of a prompt (its logits and the first touch of its K/V buffers included); TPOT is the mean over the decode steps that
+follow. Memory is measured in a process
 of its own: the largest resident set while it loads the bundle and generates, mapped weights included.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import statistics
@@ -20,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
+from voidprune.errors import RuntimeProviderError
 from voidprune.execution.session import BundleSession
 from voidprune.models.checkpoint import WEIGHTS_FILE
 
@@ -60,6 +64,7 @@ class Benchmark:
     provider: str
     threads: int | None
     machine: str
+    runtime: str
 
     def to_document(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,16 +85,20 @@ def run_benchmark(
 
     Raises what `BundleSession` raises, and ContextLengthError.
     """
-    memory = {name: _peak_memory(folder, provider, prompt_length, num_new_tokens) for name, folder in bundles.items()}
     sessions, load_seconds = {}, {}
     for name, folder in bundles.items():
         started = time.perf_counter()
         sessions[name] = BundleSession(folder, provider=provider)
         load_seconds[name] = time.perf_counter() - started
     prompt = _random_prompt(next(iter(sessions.values())), prompt_length, seed)
+    for session in sessions.values():
+        session.start(max_positions=prompt_length + num_new_tokens)
+    memory = {name: _peak_memory(folder, provider, prompt_length, num_new_tokens) for name, folder in bundles.items()}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in bundles}
     for round_number in range(num_rounds + 1):
-        for name, session in sessions.items():
+        order = list(sessions) if round_number % 2 else list(reversed(sessions))
+        for name in order:
+            session = sessions[name]
             measured = _time_once(session, prompt, num_new_tokens)
             if round_number:  # the first round warms up
                 samples[name].append(measured)
@@ -116,7 +125,8 @@ def run_benchmark(
         num_rounds=num_rounds,
         provider=provider,
         threads=threads,
-        machine=f"{platform.system()} {platform.machine()}, {_processor()}",
+        machine=f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores",
+        runtime=f"onnxruntime {ort.__version__}",
     )
 
 
@@ -152,9 +162,11 @@ def _processor() -> str:
 def _peak_memory(folder: Path, provider: str, prompt_length: int, num_new_tokens: int) -> int:
     """Largest resident set, in bytes, of a process that loads the bundle and answers one request."""
     arguments = [str(folder), provider, str(prompt_length), str(num_new_tokens)]
-    finished = subprocess.run(
-        [sys.executable, "-m", "voidprune.quality.bench", *arguments], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-m", "voidprune.quality.bench", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeProviderError(f"the process that measures the memory of {folder.name} failed: {reason}")
     return int(json.loads(finished.stdout)["peak_resident_bytes"])
 
 

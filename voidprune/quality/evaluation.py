@@ -133,22 +133,27 @@ def evaluate(
     )
 
 
-def require_agreement(reference: Evaluation, export: Evaluation, *, tolerance: float = 1e-3) -> int:
-    """How many items two runners of the same schedule answered differently, token for token.
+def count_differences(reference: Evaluation, export: Evaluation) -> int:
+    """How many items two runners answered differently, token for token."""
+    return sum(one != other for one, other in zip(reference.responses, export.responses, strict=True))
 
-    Rounding can turn a near tie, so a few are allowed; raises ParityError where the log-likelihood a token differs by more than
-    `tolerance` nats, or more than one item in a hundred (and more than one) was answered differently.
+
+def require_agreement(reference: Evaluation, export: Evaluation, *, tolerance: float = 1e-3) -> None:
+    """Raise ParityError where two float32 runners of the same schedule do not agree.
+
+    Rounding can turn a near tie, so one response in a hundred, and always one, may differ; the log-likelihood a token may differ
+    by `tolerance` nats.
     """
-    different = sum(one != other for one, other in zip(reference.responses, export.responses, strict=True))
+    different = count_differences(reference, export)
     gap = 0.0
     if reference.perplexity is not None and export.perplexity is not None:
         gap = abs(math.log(reference.perplexity) - math.log(export.perplexity))
     if not gap <= tolerance or different > max(1, len(reference.responses) // 100):
         raise ParityError(
             f"the export and its reference disagree: {different} of {len(reference.responses)} responses differ, "
-            f"log-likelihood a token by {gap:.2g} nats"
+            f"log-likelihood a token by {gap:.2g} nats",
+            hint="was the folder changed after it was exported? export it again",
         )
-    return different
 
 
 def _chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

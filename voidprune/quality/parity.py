@@ -20,7 +20,7 @@ from voidprune.errors import ParityError
 from voidprune.execution.manifest import Parity, read_manifest
 from voidprune.execution.reference import ScheduledModel, decode_mask, scheduled
 from voidprune.execution.session import BundleSession
-from voidprune.models.checkpoint import open_checkpoint
+from voidprune.models.checkpoint import open_checkpoint, precision_name
 from voidprune.models.pretrained import load_model
 from voidprune.schedule import Schedule
 
@@ -108,7 +108,7 @@ def check_bundle(
 
     with scheduled(source, schedule) as reference:
         expected = [run_reference(reference, script) for script in scripts]
-    stored = run_slim({"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[manifest.dtype])
+    stored = run_slim(precision_name(manifest.dtype))
     truth, tolerance = expected, TOLERANCE
     if manifest.dtype != "F32":
         truth = run_slim("fp32")
