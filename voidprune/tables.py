@@ -133,17 +133,18 @@ def evaluation_table(document: Mapping[str, Any]) -> Table:
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="criteria at equal budget", caption="mean accuracy over the tasks, validation split")
-    for name in ("prefill", "decode", "criterion", "weights"):
-        table.add_column(name, justify="right" if name != "criterion" else "left", no_wrap=True)
+    table = Table(
+        title="criteria at equal budget", caption="accuracy on the validation split; * the best of its budget"
+    )
+    table.add_column("prefill, decode")
+    table.add_column("criterion", no_wrap=True)
     tasks = list(rows[0]["accuracy"])
-    for task in (*tasks, "mean"):
-        table.add_column(task, justify="right", no_wrap=True)
+    for name in ("weights", *tasks, "mean"):
+        table.add_column(name.replace("-", " "), justify="right", min_width=5)
     for row in rows:
         shares = list(row["accuracy"].values())
         table.add_row(
-            f"{row['keep_prefill']:g}",
-            f"{row['keep_decode']:g}",
+            f"{row['keep_prefill']:g}, {row['keep_decode']:g}",
             row["criterion"] + (" *" if row["chosen"] else ""),
             format_bytes(row["weight_bytes"]),
             *(f"{share:.0%}" for share in shares),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def test_shape_of_the_model(bundle: Bundle) -> None:
     assert (model["vocab_size"], model["context_length"]) == (101, 160)
     assert (decoder["head_size"], decoder["hidden_size"]) == (16, 64)
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (4, 2)
-    assert decoder["session_options"]["intra_op_num_threads"] == (os.cpu_count() or 1)
+    assert decoder["session_options"]["intra_op_num_threads"] == 0
     assert decoder["session_options"]["session.disable_prepacking"] == "1"
     assert document["search"]["past_present_share_buffer"] is True
     assert document["search"]["max_length"] == 160
@@ -84,7 +83,9 @@ def test_special_tokens(
     source = open_checkpoint(get_model("qwen2").folder)
     config = {**source.config, **tokens}
     changed = type(source)(folder=source.folder, name=source.name, config=config, tensors=source.tensors)
-    model = describe_genai(changed, {}, num_slots=6)["model"]
+    end = tokens["eos_token_id"]
+    end_tokens = end if isinstance(end, list) else [end]
+    model = describe_genai(changed, {}, num_slots=6, end_tokens=end_tokens)["model"]
     assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == expected
 
 

@@ -6,7 +6,6 @@ tokens. Layers of its config are cache slots, without gaps. Tried with onnxrunti
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,8 +40,7 @@ def describe_genai(
                 "num_hidden_layers": num_slots,
                 "session_options": {
                     "log_id": "voidprune",
-                    # Its default is about one core. A deployment sets its own number here.
-                    "intra_op_num_threads": os.cpu_count() or 1,
+                    "intra_op_num_threads": 0,  # all cores; left out, onnxruntime-genai 0.18 takes about one
                     "session.disable_prepacking": "1",
                     "provider_options": [],
                 },

@@ -63,13 +63,13 @@ def caveats(manifest: Manifest) -> list[str]:
     if not schedule.is_full:
         found.append(
             "Leaving out layers costs quality, in generation far more than in multiple choice, unless the model is healed. "
-            "Measure it on your task (`voidprune eval`)."
+            "Measure it on your own task with voidprune eval."
         )
     if schedule.prefill != schedule.decode or any(
         action not in (LayerAction.FULL, LayerAction.SKIP) for action in schedule.prefill
     ):
         found.append(
-            "Stock transformers loads this folder and runs *every* layer in it, in both phases. Only the ONNX graphs (and "
+            "Stock transformers loads this folder and runs every layer in it, in both phases. Only the ONNX graphs (and "
             "voidprune's reference) follow the schedule."
         )
     if schedule.single_turn:
