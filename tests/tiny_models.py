@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from voidprune.models.checkpoint import Checkpoint, open_checkpoint
@@ -82,6 +83,9 @@ class TinyModel:
 def build_model(name: str, folder: Path, **overrides: Any) -> TinyModel:
     """Write the model of SHAPES[name] into a folder, with a few config fields changed."""
     model_type, fields = SHAPES[name]
+    if "rope_parameters" in fields and int(transformers.__version__.split(".")[0]) < 5:
+        rope = dict(fields["rope_parameters"])
+        fields = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**BASE, **fields, **overrides}))
     with torch.no_grad():

@@ -136,7 +136,7 @@ def test_model_card_says_what_to_know(llama: TinyModel, tmp_path: Path, boundary
     assert "| 1 | kv_only | full | 1 |" in card
     assert "| 2 | skip | skip | dropped |" in card
     assert "| 3 | kv_only | full | 2 |" in card
-    assert "runs *every* layer in it, in both phases" in card
+    assert "runs every layer in it, in both phases" in card
     assert "a second turn is refused" in card
     assert "Layers 1, 3 attend in decode only" in card
     assert ("The last prompt token runs the decode schedule." in card) == (boundary is Boundary.DECODE)

@@ -62,9 +62,10 @@ def test_config_says_only_what_changed(tiny_model: TinyModel, tmp_path: Path) ->
 
 def test_rope_is_spelled_for_transformers_4_too(get_model: Callable[[str], TinyModel], tmp_path: Path) -> None:
     """4.57 does not read `rope_parameters` and would silently run with a base of 10,000."""
-    source = get_model("llama-rope-llama3")
-    config = read_json(slim(source.folder, tmp_path / "slim") / "config.json")
-    written = config["rope_parameters"]
+    written = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+    source = shutil.copytree(get_model("llama").folder, tmp_path / "source")
+    (source / "config.json").write_text(json.dumps({**read_json(source / "config.json"), "rope_parameters": written}))
+    config = read_json(slim(source, tmp_path / "slim") / "config.json")
     assert config["rope_theta"] == written["rope_theta"]
     assert config["rope_scaling"] == {name: value for name, value in written.items() if name != "rope_theta"}
 
@@ -82,7 +83,7 @@ def test_precision(spoilable: Path, tmp_path: Path, precision: str) -> None:
     for name, tensor in safetensors.torch.load_file(folder / WEIGHTS_FILE).items():
         assert tensor.dtype is wanted, name
     assert read_json(folder / "config.json")["dtype"] == str(wanted).removeprefix("torch.")
-    assert AutoModelForCausalLM.from_pretrained(folder).dtype is wanted
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype is wanted
 
 
 def test_kept_precision_changes_no_dtype_field(spoilable: Path, tmp_path: Path) -> None:
