@@ -24,6 +24,7 @@ from voidprune.errors import ArtifactError, CheckpointError, ContextLengthError,
 from voidprune.execution.reference import decode_mask, scheduled
 from voidprune.execution.session import BundleSession, Conversation
 from voidprune.models.checkpoint import WEIGHTS_FILE, copy_tensors, open_checkpoint
+from voidprune.quality.parity import TOLERANCE
 from voidprune.schedule import Boundary, LayerAction, Schedule, dropped_schedule, full_schedule, satisfy_kv_contract
 
 A = LayerAction
@@ -63,7 +64,11 @@ def continue_greedily(conversation: Conversation, prompts: Sequence[Sequence[int
 
 
 def assert_greedy_under_reference(bundle: Bundle, turns: Sequence[tuple[list[int], list[int]]]) -> None:
-    """One uncached reference pass over a whole conversation says which token was due at each place."""
+    """One uncached reference pass over a whole conversation says which token was due at each place.
+
+    Logits agree within TOLERANCE, so where the reference itself has two best tokens that close together, either is due. (Seen: a
+    random schedule whose two best logits were 5e-6 apart.)
+    """
     tokens: list[int] = []
     is_decode: list[bool] = []
     for prompt, response in turns:
@@ -71,11 +76,12 @@ def assert_greedy_under_reference(bundle: Bundle, turns: Sequence[tuple[list[int
         tokens += [*prompt, *response]
     with scheduled(bundle.source.model, bundle.schedule) as running:
         logits_TV = running.forward(torch.tensor([tokens]), is_decode_BT=torch.tensor([is_decode]))[0]
-    due = logits_TV.argmax(-1).tolist()
     position = 0
     for prompt, response in turns:
         position += len(prompt)
-        assert response == due[position - 1 : position - 1 + len(response)]
+        due_TV = logits_TV[position - 1 : position - 1 + len(response)]
+        lost_T = due_TV.max(-1).values - due_TV.gather(-1, torch.tensor(response).unsqueeze(-1))[:, 0]
+        assert lost_T.max() <= TOLERANCE
         position += len(response)
 
 
@@ -99,9 +105,9 @@ def test_trained_model_speaks_64_tokens_as_the_reference(
     bundle = make_bundle(stories260k, data.draw(schedules(stories260k.identity)))
     for lengths in ([1], [12], [3, 3], [7, 1]):
         prompts = random_prompts(stories260k, lengths)
-        expected = reference_tokens(bundle, prompts, max_new_tokens=STEPS)
-        assert bundle.session.generate(prompts, max_new_tokens=STEPS) == expected
-        assert all(len(response) == STEPS for response in expected)
+        for prompt, response in zip(prompts, bundle.session.generate(prompts, max_new_tokens=STEPS), strict=True):
+            assert len(response) == STEPS
+            assert_greedy_under_reference(bundle, [(prompt, response)])
 
 
 @settings(max_examples=5)
