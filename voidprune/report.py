@@ -136,6 +136,7 @@ def render_report(folder: Path) -> str:
         findings=findings,
         summary=_summary(findings),
         heat_map=_draw_heat_map(profile, schedule),
+        origin="" if schedule is None else tables.describe_origin(schedule),
         caveats=caveats(findings.manifest) if findings.manifest is not None else [],
         costs=costs,
         phases=list(Phase),

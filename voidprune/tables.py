@@ -74,7 +74,8 @@ def schedule_table(schedule: Schedule) -> Table:
 
 
 def describe_origin(schedule: Schedule) -> str:
-    return ", ".join(f"{name} {value}" for name, value in schedule.origin.items()) or "schedule"
+    told = (f"{name.replace('_', ' ')} {value}" for name, value in schedule.origin.items() if name != "calibration")
+    return ", ".join(told) or "schedule"
 
 
 def costs_table(sizes: ModelSizes, schedule: Schedule) -> Table:

@@ -126,7 +126,7 @@ def default_device() -> str:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Plain text with the tokenizer's own special tokens (usually a start token)."""
-    return list(tokenizer(text)["input_ids"])
+    return list(tokenizer(text, verbose=False)["input_ids"])  # longer than the context is fine here: it is cut later
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -175,17 +176,19 @@ def encode_rows(
 
 
 def _encode_text_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Sample]:
-    """Plain text, in pieces of at most `max_length` tokens; a last piece of a single token is left out."""
+    """Plain text, in pieces of equal length of at most `max_length` tokens, each with the tokenizer's start token if it has one."""
     assert row.text is not None
     tokens = encode_text(tokenizer, row.text)
     if len(tokens) < 2:
         raise DatasetError(f"{row.place} is shorter than two tokens")
-    pieces = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
+    start = tokens[:1] if tokens[0] == tokenizer.bos_token_id else []
+    rest = tokens[len(start) :]
+    num_pieces = math.ceil(len(rest) / (max_length - len(start)))
     samples = []
-    for piece in pieces:
-        if len(piece) > 1:
-            middle = (len(piece) + 1) // 2
-            samples.append(Sample(tuple(piece[:middle]), tuple(piece[middle:]), row.answer, row.group, row.place))
+    for number in range(num_pieces):
+        piece = start + rest[number * len(rest) // num_pieces : (number + 1) * len(rest) // num_pieces]
+        middle = (len(piece) + 1) // 2
+        samples.append(Sample(tuple(piece[:middle]), tuple(piece[middle:]) or None, row.answer, row.group, row.place))
     return samples
 
 
