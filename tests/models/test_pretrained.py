@@ -20,6 +20,7 @@ from tests.tiny_models import TinyModel
 from voidprune.errors import ModelError
 from voidprune.models.checkpoint import WEIGHTS_FILE
 from voidprune.models.pretrained import (
+    check_rotary_frequencies,
     encode_chat,
     encode_response,
     encode_text,
@@ -220,3 +221,14 @@ def test_trained_tokenizer_goes_there_and_back(stories260k: TinyModel) -> None:
     assert ids[0] == 1
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert end_tokens(stories260k.folder) == (2,)
+
+
+def test_another_rotary_embedding_than_the_config_s_is_refused(llama: TinyModel, tmp_path: Path) -> None:
+    """transformers 4.57 loads a folder of 5.x with a base of 10,000, whatever its config says; here the two are set at odds."""
+    folder = shutil.copytree(llama.folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    check_rotary_frequencies(load_model(llama.folder), llama.folder)
+    with pytest.raises(ModelError, match="with the rotary embedding of its config"):
+        check_rotary_frequencies(load_model(llama.folder), folder)

@@ -96,7 +96,7 @@ class Checkpoint:
         return dtype
 
 
-def find_model(name: str, *, revision: str | None = None) -> Path:
+def find_model(name: str) -> Path:
     """The folder of a model: itself when it is one, else a snapshot from the Hugging Face Hub.
 
     Only configuration, tokenizer and safetensors files are fetched. Raises ModelError.
@@ -117,7 +117,6 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 name,
-                revision=revision,
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
                 allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"],
             )

@@ -44,7 +44,7 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
     model, found = outcome
     if missing := found["missing_keys"]:
         raise ModelError(f"{folder} lacks {min(missing)}; transformers would make it up")
-    _check_rotary_frequencies(model, folder)
+    check_rotary_frequencies(model, folder)
     try:
         loaded: PreTrainedModel = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -54,7 +54,7 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
     return loaded
 
 
-def _check_rotary_frequencies(model: Any, folder: Path) -> None:
+def check_rotary_frequencies(model: Any, folder: Path) -> None:
     """Refuse a model whose rotary embedding is not the one of its config.
 
     transformers 4.57 ignores the `rope_parameters` that 5.x writes, and runs with another base without a word.
