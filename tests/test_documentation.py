@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from voidprune.cli import main
 from voidprune.models.families import FAMILIES
-from voidprune.pipeline import task_rows
+from voidprune.pipeline.tasks import task_rows
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -14,16 +14,13 @@ from voidprune import artifacts
 from voidprune.execution.reference import scheduled
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
-from voidprune.pipeline import (
-    Track,
-    benchmark_bundle,
-    evaluate_model,
-    export_model,
-    open_model,
-    profile_model,
-    task_rows,
-    untracked,
-)
+from voidprune.pipeline.benchmark import benchmark_bundle
+from voidprune.pipeline.evaluation import evaluate_model
+from voidprune.pipeline.export import export_model
+from voidprune.pipeline.models import open_model
+from voidprune.pipeline.profile import profile_model
+from voidprune.pipeline.progress import Track, untracked
+from voidprune.pipeline.tasks import task_rows
 from voidprune.planning.costs import schedule_costs
 from voidprune.planning.planner import plan_schedule
 from voidprune.profiling.calibration import encode_rows

@@ -8,7 +8,7 @@ import pytest
 
 from voidprune.errors import DatasetError
 from voidprune.models.pretrained import end_tokens, load_tokenizer
-from voidprune.pipeline import demo_folder
+from voidprune.pipeline.models import demo_folder
 from voidprune.profiling.calibration import (
     default_rows,
     encode_rows,

@@ -54,7 +54,7 @@ def test_samples_of_a_batch_are_not_coupled() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    from voidprune.pipeline import demo_folder
+    from voidprune.pipeline.models import demo_folder
 
     return open_checkpoint(demo_folder())
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from voidprune.pipeline import benchmark_bundle, export_model, open_model
+from voidprune.pipeline.benchmark import benchmark_bundle
+from voidprune.pipeline.export import export_model
+from voidprune.pipeline.models import open_model
 from voidprune.schedule import dropped_schedule
 
 

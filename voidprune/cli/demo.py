@@ -1,0 +1,39 @@
+"""`voidprune demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from voidprune.cli.options import overwrite_option, quiet_option, seed_option
+from voidprune.cli.output import print_tables, progress_bars
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
+@click.option(
+    "--num-items", type=click.IntRange(min=4), default=100, show_default=True, help="Evaluation items of each task."
+)
+@seed_option
+@overwrite_option
+@quiet_option
+def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) -> None:
+    """The whole main job on the model that ships: profile, compare criteria, export, verify, evaluate, bench, report."""
+    from voidprune import artifacts, walkthrough
+    from voidprune.report import render_report
+    from voidprune.tables import benchmark_table, comparison_table, evaluation_table, profile_table, schedule_table
+
+    artifacts.check_output_folder(output, overwrite=overwrite, marker="comparison.json")
+    outcome = walkthrough.run_demo(
+        output, num_items=num_items, seed=seed, overwrite=overwrite, track=progress_bars(quiet)
+    )
+    artifacts.write_file(output / "report.html", render_report(output).encode())
+    print_tables(
+        profile_table(outcome.profile),
+        comparison_table(outcome.comparison["rows"]),
+        schedule_table(outcome.schedule),
+        evaluation_table(outcome.evaluation),
+        benchmark_table(outcome.benchmark),
+    )
+    click.echo(f"exported folder: {output / 'pruned'}\nreport: {output / 'report.html'}")

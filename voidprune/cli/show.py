@@ -1,0 +1,56 @@
+"""Commands that only look: `show`, `families`, `report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from voidprune.cli.options import json_option, output_option, overwrite_option
+from voidprune.cli.output import print_tables
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@json_option
+def show(path: Path, as_json: bool) -> None:
+    """Show a profile, schedule, evaluation, benchmark or exported folder.
+
+    \b
+      voidprune show profile.json
+    """
+    from voidprune import report
+
+    document, tables = report.describe(path)
+    if as_json:
+        click.echo(json.dumps(document, indent=2, sort_keys=True))
+    else:
+        print_tables(*tables)
+
+
+@click.command()
+def families() -> None:
+    """List the model families that are supported."""
+    from voidprune.models.families import FAMILIES
+
+    for spec in FAMILIES.values():
+        click.echo(f"{spec.model_type:10} {spec.title}")
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@output_option("HTML page")
+@overwrite_option
+def report(folder: Path, output: Path, overwrite: bool) -> None:
+    """One HTML page of everything that was measured in a folder.
+
+    \b
+      voidprune report out/demo -o report.html
+    """
+    from voidprune import artifacts
+    from voidprune.report import render_report
+
+    artifacts.check_output_file(output, overwrite=overwrite)
+    artifacts.write_file(output, render_report(folder).encode(), overwrite=overwrite)
+    click.echo(f"wrote {output}")

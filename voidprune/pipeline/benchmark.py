@@ -1,0 +1,72 @@
+"""A bundle is timed beside the whole model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from voidprune import artifacts
+from voidprune.errors import ModelError
+from voidprune.execution.manifest import Manifest, is_bundle, read_manifest
+from voidprune.execution.session import size_thread_pool
+from voidprune.models.checkpoint import precision_name
+from voidprune.pipeline.export import export_model
+from voidprune.pipeline.models import default_provider, open_model
+from voidprune.pipeline.progress import Track, untracked
+from voidprune.quality.bench import run_benchmark
+from voidprune.schedule import full_schedule
+
+
+def benchmark_bundle(
+    folder: Path,
+    *,
+    baseline: str,
+    provider: str | None = None,
+    threads: int | None = None,
+    prompt_length: int = 128,
+    num_new_tokens: int = 32,
+    num_rounds: int = 15,
+    seed: int = 0,
+    track: Track = untracked,
+) -> artifacts.Document:
+    """Benchmark a bundle beside the whole model, exported for the occasion in the same precision where it is no bundle yet."""
+    if threads is not None:
+        size_thread_pool(threads)
+    provider = provider or default_provider()
+    manifest = read_manifest(folder)
+    whole = open_model(baseline)
+    with tempfile.TemporaryDirectory() as scratch:
+        baseline_folder = whole.folder
+        if is_bundle(whole.folder):
+            _check_baseline(read_manifest(whole.folder), manifest, place=baseline)
+        else:
+            manifest.schedule.check_model(whole.identity, place=str(folder))
+            baseline_folder = Path(scratch) / "baseline"
+            schedule = full_schedule(whole.identity, boundary=manifest.schedule.boundary)
+            precision = precision_name(manifest.dtype)
+            export_model(whole, schedule, baseline_folder, precision=precision, provider=provider)
+        with track("timing", num_rounds + 1, "rounds") as advance:
+            benchmark = run_benchmark(
+                {"whole model": baseline_folder, "pruned": folder},
+                provider=provider,
+                threads=threads,
+                prompt_length=prompt_length,
+                num_new_tokens=num_new_tokens,
+                num_rounds=num_rounds,
+                seed=seed,
+                on_progress=advance,
+            )
+    return {"schema": artifacts.schema_key("benchmark", 1), **benchmark.to_document()}
+
+
+def _check_baseline(baseline: Manifest, pruned: Manifest, *, place: str) -> None:
+    """Raise where a bundle is not the whole model of another, in the same precision."""
+    baseline.schedule.check_model(pruned.schedule.model, place=place)
+    if not baseline.schedule.is_full or (baseline.dtype, baseline.schedule.boundary) != (
+        pruned.dtype,
+        pruned.schedule.boundary,
+    ):
+        raise ModelError(
+            f"{place} is not the whole model in {pruned.dtype} with the boundary {pruned.schedule.boundary}",
+            hint="give the model itself as --baseline",
+        )

@@ -1,0 +1,44 @@
+"""A model and a schedule become a verified bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from voidprune.execution.manifest import Manifest, Parity
+from voidprune.export.bundle import FORMATS, export_bundle
+from voidprune.models.checkpoint import Checkpoint, precision_name
+from voidprune.models.pretrained import load_model
+from voidprune.pipeline.models import default_provider
+from voidprune.quality.parity import check_bundle
+from voidprune.schedule import Schedule
+
+
+def export_model(
+    checkpoint: Checkpoint,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    formats: Iterable[str] = FORMATS,
+    precision: str = "keep",
+    provider: str | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+) -> Manifest:
+    """Export a bundle, verified against the source model before it is published. Raises every VoidpruneError of the way."""
+    provider = provider or default_provider()
+    dtype = precision_name(checkpoint.dtype) if precision == "keep" else precision
+
+    def verify(stage: Path) -> Parity:
+        source = load_model(checkpoint.folder, dtype=dtype, device="cuda" if provider == "cuda" else "cpu")
+        return check_bundle(stage, source=source, schedule=schedule, provider=provider, seed=seed)
+
+    return export_bundle(
+        checkpoint,
+        schedule,
+        folder,
+        verify=verify,
+        formats=tuple(formats),
+        precision=precision,
+        overwrite=overwrite,
+    )

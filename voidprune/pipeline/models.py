@@ -1,0 +1,29 @@
+"""A model by the name that a user gives it, and where it runs."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from voidprune.models.checkpoint import Checkpoint, find_model, open_checkpoint
+from voidprune.models.pretrained import default_device
+
+
+def open_model(name: str) -> Checkpoint:
+    """A model by folder, Hub id, or "demo" for the one that ships with the package. Raises ModelError, CheckpointError."""
+    if name == "demo" and not Path(name).exists():
+        return open_checkpoint(demo_folder(), name="voidprune-demo")
+    folder = find_model(name)
+    return open_checkpoint(folder, name=folder.resolve().name if Path(name).is_dir() else name)
+
+
+def default_provider() -> str:
+    """ "cuda" where onnxruntime was built for it and torch sees a device, else "cpu"."""
+    import onnxruntime as ort
+
+    built = "CUDAExecutionProvider" in ort.get_available_providers()
+    return "cuda" if built and default_device() == "cuda" else "cpu"
+
+
+def demo_folder() -> Path:
+    return Path(str(resources.files("voidprune.demo") / "model"))

@@ -1,0 +1,74 @@
+"""A model and rows become a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from voidprune.errors import ModelError
+from voidprune.models.checkpoint import Checkpoint
+from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
+from voidprune.pipeline.progress import Track, untracked
+from voidprune.profiling.calibration import Row, encode_rows, require_responses
+from voidprune.profiling.profile import LacSettings, Profile
+from voidprune.profiling.tracing import generate_responses, trace_model
+
+
+def profile_model(
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    *,
+    responses: str = "generate",
+    num_samples: int | None = None,
+    max_new_tokens: int = 64,
+    max_length: int | None = None,
+    lac: LacSettings = LacSettings(),  # noqa: B008  a frozen value
+    batch_size: int = 8,
+    dtype: str | None = None,
+    device: str | None = None,
+    track: Track = untracked,
+) -> Profile:
+    """Trace a model over a calibration set, by default on CUDA in bf16 where there is a device, else in fp32.
+
+    Raises ModelError, DatasetError, RuntimeProviderError.
+    """
+    ends = end_tokens(checkpoint.folder)
+    context = checkpoint.architecture.context_length
+    reserved = max_new_tokens if responses == "generate" else 0
+    longest = min(max_length or context, context) - reserved
+    if longest < 2:
+        raise ModelError(
+            f"responses of {max_new_tokens} tokens leave no room for prompts in a context of {context}",
+            hint="lower --max-new-tokens",
+        )
+    device = device or default_device()
+    dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    tokenizer = load_tokenizer(checkpoint.folder)
+    if responses == "generate":  # the responses of the dataset are not used, so they need not fit
+        rows = [replace(row, response=None) for row in rows]
+    samples = encode_rows(rows, tokenizer, end_tokens=ends, max_length=longest, num_samples=num_samples)
+    if responses == "dataset":
+        require_responses(samples)
+    model = load_model(checkpoint.folder, dtype=dtype, device=device)
+    if responses == "generate":
+        with track("generating", None, "tokens") as advance:
+            samples = generate_responses(
+                model,
+                samples,
+                max_new_tokens=max_new_tokens,
+                end_tokens=ends,
+                batch_size=batch_size,
+                on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
+            )
+    num_tokens = sum(len(sample.prompt) + len((sample.response or ())[1:]) for sample in samples)
+    with track("tracing", num_tokens, "tokens") as advance:
+        return trace_model(
+            model,
+            checkpoint,
+            samples,
+            responses=responses,
+            max_new_tokens=max_new_tokens if responses == "generate" else 0,
+            lac=lac,
+            batch_size=batch_size,
+            on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
+        )
