@@ -17,6 +17,7 @@ ROOT = Path(voidprune.__file__).parent
 ROWS: list[set[str]] = [
     {"errors"},
     {"artifacts"},
+    {"journal"},
     {"schedule"},
     {"models"},
     {"profiling"},
@@ -35,7 +36,7 @@ RANKS = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 # Planning and exporting work on a machine that has neither.
 HEAVY = ("torch", "transformers")
-LIGHT_ROOMS = ("errors", "artifacts", "schedule", "models", "planning", "export", "tables", "report", "cli")
+LIGHT_ROOMS = ("errors", "artifacts", "journal", "schedule", "models", "planning", "export", "tables", "report", "cli")
 LIGHT_MODULES = ("execution.session", "execution.manifest", "profiling.profile", "profiling.calibration")
 # `search` runs models, so it is not among them.
 EXCEPTIONS = ("planning.search",)

@@ -98,7 +98,7 @@ def check_keys(
 def write_file(path: Path, content: bytes, *, overwrite: bool = False) -> None:
     """Write a file beside its final name, flush it to the disk, then rename it into place. Raises OutputError."""
     check_output_file(path, overwrite=overwrite)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -151,7 +151,7 @@ def staged_folder(path: Path, *, marker: str, overwrite: bool = False) -> Iterat
     removed after the new one stands. Raises OutputError.
     """
     check_output_folder(path, overwrite=overwrite, marker=marker)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
@@ -185,7 +185,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """What the disk refuses becomes an error of ours; other errors of the block stay what they are."""
     try:
         yield
