@@ -38,8 +38,8 @@ RANKS = {room: rank for rank, row in enumerate(ROWS) for room in row}
 HEAVY = ("torch", "transformers")
 LIGHT_ROOMS = ("errors", "artifacts", "journal", "schedule", "models", "planning", "export", "tables", "report", "cli")
 LIGHT_MODULES = ("execution.session", "execution.manifest", "profiling.profile", "profiling.calibration")
-# `search` runs models, so it is not among them.
-EXCEPTIONS = ("planning.search",)
+# `objectives` runs models, so it is not among them.
+EXCEPTIONS = ("planning.objectives",)
 
 
 def modules() -> dict[str, Path]:

@@ -172,6 +172,10 @@ class Schedule:
         """Every layer runs whole in both phases: the unpruned model."""
         return all(action is LayerAction.FULL for action in self.prefill + self.decode)
 
+    def actions_equal(self, other: Schedule) -> bool:
+        """Whether another schedule does the same in every layer and phase, wherever it came from."""
+        return (self.prefill, self.decode) == (other.prefill, other.decode)
+
     @property
     def union(self) -> tuple[int, ...]:
         """Layers present in at least one phase: what a checkpoint for this schedule holds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +13,9 @@ from voidprune.models.sizes import ModelSizes
 from voidprune.planning.costs import PROMPT_LENGTH, baseline_costs, schedule_costs
 from voidprune.profiling.profile import Profile
 from voidprune.schedule import LayerAction, Phase, Schedule
+
+if TYPE_CHECKING:
+    from voidprune.pipeline.planning import FreePart
 
 _SHADES = " ░▒▓█"
 _SYMBOLS = {
@@ -133,24 +136,55 @@ def evaluation_table(document: Mapping[str, Any]) -> Table:
     return table
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def free_part_table(free: FreePart) -> Table:
+    """What can go at no loss: the schedule, and each phase apart where both were cut."""
     table = Table(
-        title="criteria at equal budget", caption="accuracy on the validation split; * the best of its budget"
+        title=f"beside the whole model, allowed {free.comparison.bound:.1%}",
+        caption="estimate (upper end of a one-sided 95 % interval) on items that no layer was chosen by",
     )
-    table.add_column("prefill, decode")
-    table.add_column("criterion", no_wrap=True)
-    tasks = list(rows[0]["accuracy"])
-    for name in ("weights", *tasks, "mean"):
-        table.add_column(name.replace("-", " "), justify="right", min_width=5)
-    for row in rows:
-        shares = list(row["accuracy"].values())
+    table.add_column("")
+    for name in ("prefill", "decode", "perplexity up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    tasks = list(free.comparison.accuracy)
+    for task in tasks:
+        table.add_column(f"{task} down".replace("-", " "), justify="right")
+    for name, (schedule, comparison) in {**free.parts, "found": (free.schedule, free.comparison)}.items():
+        losses = [comparison.perplexity, *(comparison.accuracy[task] for task in tasks)]
         table.add_row(
-            f"{row['keep_prefill']:g}, {row['keep_decode']:g}",
-            row["criterion"] + (" *" if row["chosen"] else ""),
-            format_bytes(row["weight_bytes"]),
-            *(f"{share:.0%}" for share in shares),
-            f"{sum(shares) / len(shares):.1%}",
+            name if name == "found" else f"{name} alone",
+            *(f"{schedule.num_executed(phase)} of {schedule.num_layers}" for phase in Phase),
+            *(f"{loss.estimate:.2%} ({loss.upper:.2%})" for loss in losses),
         )
+    return table
+
+
+def comparison_table(document: Mapping[str, Any]) -> Table:
+    """Criteria at equal cost, best first; the winner's lead, and whether it is larger than the noise."""
+    asked = document["measure"] == "accuracy"
+    tasks = list(document["whole"]["accuracy"] or ())
+    table = Table(
+        title=f"criteria at equal cost: {document['model']['name']}, {document['dataset']}",
+        caption=f"{document['num_judging']} items that no layer was chosen by; * leads by more than chance (95 %)",
+    )
+    table.add_column("keep", no_wrap=True)
+    table.add_column("criterion", no_wrap=True)
+    for name in (*tasks, *(("mean",) if asked else ()), "ppl x"):
+        table.add_column(name.replace("-", " "), justify="right", min_width=5)
+    before = None
+    for row in document["rows"]:
+        budget = (row["scope"], row["keep"])
+        if budget != before:
+            table.add_section()
+        shares = [row["accuracy"][task]["share"] for task in tasks] if asked else []
+        leads = row["margin"] is not None and row["margin"][1] > 0
+        table.add_row(
+            f"{row['scope']} {row['keep']:g}" if budget != before else "",
+            row["criterion"] + (" *" if leads else ""),
+            *(f"{share:.0%}" for share in shares),
+            *([f"{sum(shares) / len(shares):.1%}"] if asked else []),
+            f"{row['perplexity_ratio']:.3g}",
+        )
+        before = budget
     return table
 
 

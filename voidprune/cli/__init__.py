@@ -12,6 +12,7 @@ import click
 
 import voidprune
 from voidprune.cli.bench import bench
+from voidprune.cli.compare import compare
 from voidprune.cli.demo import demo
 from voidprune.cli.evaluate import evaluate
 from voidprune.cli.export import export
@@ -60,5 +61,5 @@ def main() -> None:
     """
 
 
-for command in (profile, plan, export, generate, show, families, evaluate, bench, report, demo):
+for command in (profile, plan, compare, export, generate, show, families, evaluate, bench, report, demo):
     main.add_command(command)

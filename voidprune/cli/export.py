@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ from voidprune.cli.options import (
     output_option,
     output_target,
     overwrite_option,
+    plan_request,
     provider_option,
     quiet_option,
     seed_option,
+    trial_options,
 )
-from voidprune.cli.output import print_tables, show_result
-from voidprune.cli.plan import plan_export
+from voidprune.cli.output import progress_bars, show_result
+from voidprune.cli.plan import print_plan
 
 
 @click.command()
@@ -31,6 +32,7 @@ from voidprune.cli.plan import plan_export
 @click.option("--format", "formats", type=click.Choice(["hf", "onnx"]), multiple=True, help="Default: both.")
 @click.option("--precision", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
 @budget_options
+@trial_options
 @provider_option
 @seed_option
 @overwrite_option
@@ -53,14 +55,16 @@ def export(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    **budget: Any,
+    **options: Any,
 ) -> None:
     """Write a slim checkpoint and two ONNX graphs into one folder, verified before it appears.
 
-    Without a schedule or a profile, the model is profiled on the prompts that ship with the package.
+    Without a schedule, layers are chosen on the way: every criterion is tried on the model, on the prompts that ship with the
+    package or on --dataset. Where nothing was healed, --goal fast-prompt is the one to begin with.
 
     \b
       voidprune export MODEL -o slim --keep 0.3
+      voidprune export MODEL -o fast --goal fast-prompt --dataset prompts.jsonl
     """
     from voidprune import artifacts
     from voidprune.execution.manifest import FILE
@@ -68,34 +72,41 @@ def export(
     from voidprune.models.sizes import measure_sizes
     from voidprune.pipeline.export import export_model
     from voidprune.pipeline.models import open_model
+    from voidprune.pipeline.plan import Planned, plan_from_model
+    from voidprune.profiling.profile import read_profile
     from voidprune.schedule import read_schedule
-    from voidprune.tables import costs_table, manifest_table, schedule_table
+    from voidprune.tables import manifest_table
 
     target = output_target(output, dry_run=dry_run)
     if target is not None:
         artifacts.check_output_folder(target, overwrite=overwrite, marker=FILE)
     if schedule_file is not None:
-        for name in (*budget, "profile_file"):
+        for name in (*options, "profile_file"):
             if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
                 option = "--" + name.removesuffix("_file").replace("_", "-")
                 raise click.UsageError(f"--schedule says all about the layers; it does not go with {option}")
     checkpoint = open_model(model)
+    sizes = measure_sizes(checkpoint, dtype=PRECISIONS.get(precision))
     if schedule_file is not None:
-        planned = read_schedule(schedule_file)
-        planned.check_model(checkpoint.identity, place=str(schedule_file))
+        planned = Planned(read_schedule(schedule_file), sizes)
+        planned.schedule.check_model(checkpoint.identity, place=str(schedule_file))
     else:
-        planned = plan_export(checkpoint, profile_file, seed=seed, quiet=quiet, **budget)
-    if not as_json:
-        print_tables(
-            schedule_table(planned), costs_table(measure_sizes(checkpoint, dtype=PRECISIONS.get(precision)), planned)
+        planned = plan_from_model(
+            plan_request(seed=seed, **options),
+            checkpoint,
+            sizes=sizes,
+            profile=None if profile_file is None else read_profile(profile_file),
+            output=target,
+            overwrite=overwrite,
+            track=progress_bars(quiet),
         )
+    if not as_json or target is None:
+        print_plan(planned, as_json=as_json)
     if target is None:
-        if as_json:
-            click.echo(json.dumps(planned.to_document(), indent=2, sort_keys=True))
         return
     manifest = export_model(
         checkpoint,
-        planned,
+        planned.schedule,
         target,
         formats=formats or ("hf", "onnx"),
         precision=precision,

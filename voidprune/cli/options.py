@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from voidprune.planning.budgets import Budget, parse_amount, parse_layers
 from voidprune.planning.criteria import CRITERIA
+from voidprune.planning.search import GOALS, SEARCHES
+
+if TYPE_CHECKING:
+    from voidprune.pipeline.plan import PlanRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
 
 
 def output_option(what: str, *, required: bool = True) -> Callable[[Command], Command]:
@@ -29,18 +35,56 @@ provider_option = click.option(
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 
 
-def budget_options(command: Command) -> Command:
-    options = [
+class Amount(click.ParamType):
+    """700000000, 700MB, 1.5GiB, 2T."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return value if isinstance(value, int) else parse_amount(value)
+
+
+class Layers(click.ParamType):
+    """3,7,11-14: from 0, ranges inclusive."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[int]:
+        return value if isinstance(value, frozenset) else parse_layers(value)
+
+
+def _together(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+budget_options = _together(
+    [
         click.option("--keep", type=float, help="Share of layers to run in each phase, in (0, 1]."),
         click.option("--keep-prefill", type=float, help="The same, for prefill only."),
         click.option("--keep-decode", type=float, help="The same, for decode only."),
+        click.option("--max-bytes", type=Amount(), help="Weights, such as 700MB."),
+        click.option("--max-kv-bytes-per-token", type=Amount(), help="Growth of the K/V cache."),
+        click.option("--max-prefill-flops", type=Amount(), help="For a prompt of 512 tokens."),
+        click.option("--max-decode-bytes", type=Amount(), help="Read for one token after 512."),
+        click.option("--keep-layers", type=Layers(), help="Run just these, such as 0-5,11."),
+        click.option("--drop-layers", type=Layers(), help="Leave these out of both phases, such as 3,7,11-14."),
+        click.option("--protect", type=Layers(), help="Run these whole, whatever else goes."),
         click.option(
             "--criterion",
-            type=click.Choice(list(CRITERIA)),
-            default="lac",
-            show_default=True,
-            help="How to rank layers.",
+            type=click.Choice([*CRITERIA, *SEARCHES]),
+            help="How to choose layers. Default: auto where the model is at hand, lac from a profile alone.",
         ),
+        click.option(
+            "--goal",
+            type=click.Choice(list(GOALS)),
+            help="Find out how many layers can go at no loss: of prefill, of both phases alike, or of each apart.",
+        ),
+        click.option("--max-loss", type=float, help="What --goal may lose, with 95 % confidence. Default: 0.01."),
         click.option(
             "--phases",
             type=click.Choice(["split", "shared"]),
@@ -57,13 +101,36 @@ def budget_options(command: Command) -> Command:
         ),
         click.option("--single-turn", is_flag=True, help="Give up second turns, and the K/V that only they need."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+)
 
+trial_options = _together(
+    [
+        click.option("--dataset", help='To choose by: a JSONL or text file, "demo", or one of its tasks.'),
+        click.option("--judging", help="To judge by, in place of every second sample of --dataset."),
+        click.option(
+            "--responses",
+            type=click.Choice(["generate", "dataset"]),
+            default="generate",
+            show_default=True,
+            help="Let the model answer, or take the responses of the dataset.",
+        ),
+        click.option("--num-samples", type=click.IntRange(min=2), help="Use the first N samples only."),
+        click.option(
+            "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest response."
+        ),
+        click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True),
+        click.option(
+            "--search-evaluations",
+            type=click.IntRange(min=0),
+            help="Schedules to try in refining. Default: 8 a layer for a search, none for auto.",
+        ),
+        click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: fp32, bf16 on CUDA."),
+        click.option("--device", help='Torch device. Default: "cuda" where there is one, else "cpu".'),
+    ]
+)
 
-def calibration_options(command: Command) -> Command:
-    options = [
+calibration_options = _together(
+    [
         click.option(
             "--dataset", type=click.Path(path_type=Path), help="JSONL or text. Default: prompts that ship with it."
         ),
@@ -97,9 +164,54 @@ def calibration_options(command: Command) -> Command:
         ),
         click.option("--device", help='Torch device. Default: "cuda" where there is one, else "cpu".'),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+)
+
+
+def plan_request(
+    *,
+    keep: float | None,
+    keep_prefill: float | None,
+    keep_decode: float | None,
+    protect: frozenset[int] | None,
+    drop_layers: frozenset[int] | None,
+    phases: str,
+    boundary: str,
+    dataset: str | None,
+    judging: str | None,
+    responses: str,
+    num_samples: int | None,
+    max_new_tokens: int,
+    batch_size: int,
+    dtype: str | None,
+    device: str | None,
+    **rest: Any,
+) -> PlanRequest:
+    """The options of `budget_options` and `trial_options` as one request."""
+    from voidprune.pipeline.plan import Calibrated, PlanRequest
+    from voidprune.schedule import Boundary
+
+    limits = {name: rest.pop(name) for name in list(rest) if name.startswith("max_") and name != "max_loss"}
+    budget = Budget(
+        keep_prefill=keep if keep_prefill is None else keep_prefill,
+        keep_decode=keep if keep_decode is None else keep_decode,
+        protected=protect or frozenset(),
+        dropped=drop_layers or frozenset(),
+        shared=phases == "shared",
+        **limits,
+    )
+    calibrated = Calibrated(
+        dataset=dataset,
+        judging=judging,
+        responses=responses,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+    )
+    return PlanRequest(
+        budget=budget, drop_layers=drop_layers, boundary=Boundary(boundary), calibrated=calibrated, **rest
+    )
 
 
 def output_target(output: Path | None, *, dry_run: bool) -> Path | None:

@@ -1,4 +1,4 @@
-"""`voidprune plan`, and what `export` plans on the way."""
+"""`voidprune plan`."""
 
 from __future__ import annotations
 
@@ -14,111 +14,90 @@ from voidprune.cli.options import (
     output_option,
     output_target,
     overwrite_option,
+    plan_request,
+    quiet_option,
     seed_option,
+    trial_options,
 )
 from voidprune.cli.output import print_tables, progress_bars
 
 if TYPE_CHECKING:
-    from voidprune.models.checkpoint import Checkpoint
-    from voidprune.profiling.profile import Profile
-    from voidprune.schedule import ModelIdentity, Schedule
+    from voidprune.pipeline.plan import Planned
 
 
 @click.command()
-@click.argument("profile_file", metavar="PROFILE", type=click.Path(path_type=Path))
+@click.argument("source", metavar="PROFILE|MODEL")
 @output_option("Schedule", required=False)
+@click.option("--profile", "profile_file", type=click.Path(path_type=Path), help="With a MODEL: its profile.")
 @budget_options
+@trial_options
 @seed_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print what would be kept; write nothing.")
 @json_option
-def plan(profile_file: Path, output: Path | None, overwrite: bool, dry_run: bool, as_json: bool, **budget: Any) -> None:
-    """Turn a profile and a budget into a schedule.
+@quiet_option
+def plan(
+    source: str,
+    output: Path | None,
+    profile_file: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Turn a budget into a schedule: from a profile at once, or by trying schedules on the model.
 
     \b
       voidprune plan profile.json -o schedule.json --keep 0.5 --criterion block-influence
+      voidprune plan MODEL -o schedule.json --goal fast-prompt --dataset prompts.jsonl
+      voidprune plan MODEL -o schedule.json --max-decode-bytes 700MB --criterion search-loss
     """
     from voidprune import artifacts
+    from voidprune.models.sizes import measure_sizes
+    from voidprune.pipeline.models import open_model
+    from voidprune.pipeline.plan import plan_from_model, plan_from_profile
     from voidprune.profiling.profile import read_profile
     from voidprune.schedule import write_schedule
 
     target = output_target(output, dry_run=dry_run)
     if target is not None:
         artifacts.check_output_file(target, overwrite=overwrite)
-    measured = read_profile(profile_file)
-    planned = _plan(measured.model, measured, **budget)
-    _print_plan(measured, planned, as_json=as_json)
-    if target is not None:
-        write_schedule(target, planned, overwrite=overwrite)
-
-
-def _plan(
-    model: ModelIdentity,
-    measured: Profile | None,
-    *,
-    keep: float | None,
-    keep_prefill: float | None,
-    keep_decode: float | None,
-    criterion: str,
-    phases: str,
-    boundary: str,
-    single_turn: bool,
-    seed: int,
-) -> Schedule:
-    from voidprune.planning.planner import plan_schedule
-    from voidprune.schedule import Boundary, Phase
-
-    ratios = {
-        Phase.PREFILL: keep if keep_prefill is None else keep_prefill,
-        Phase.DECODE: keep if keep_decode is None else keep_decode,
-    }
-    chosen = {phase: ratio for phase, ratio in ratios.items() if ratio is not None}
-    if len(chosen) < len(ratios):
-        raise click.UsageError("say how many layers to keep: --keep, or --keep-prefill and --keep-decode")
-    return plan_schedule(
-        model,
-        measured,
-        criterion=criterion,
-        keep=chosen,
-        shared=phases == "shared",
-        boundary=Boundary(boundary),
-        single_turn=single_turn,
-        seed=seed,
-    )
-
-
-def plan_export(checkpoint: Checkpoint, profile_file: Path | None, *, quiet: bool, **budget: Any) -> Schedule:
-    """A schedule for an export that was given none: from the profile at hand, or from one made on the way."""
-    from voidprune.pipeline.profile import profile_model
-    from voidprune.planning.criteria import find_criterion
-    from voidprune.planning.planner import num_kept
-    from voidprune.profiling.calibration import default_rows
-    from voidprune.profiling.profile import read_profile
-
-    ratios = [budget[name] for name in ("keep", "keep_prefill", "keep_decode") if budget[name] is not None]
-    for ratio in ratios:
-        num_kept(ratio, checkpoint.architecture.num_layers)
-    measured = None
-    if profile_file is not None:
-        measured = read_profile(profile_file)
-    elif ratios and find_criterion(budget["criterion"]).needs_profile:
-        context = checkpoint.architecture.context_length
-        measured = profile_model(
-            checkpoint, default_rows(), max_new_tokens=min(64, context // 2), track=progress_bars(quiet)
+    request = plan_request(**options)
+    if Path(source).is_file():
+        if profile_file is not None:
+            raise click.UsageError("--profile goes with a MODEL; a profile is given already")
+        planned = plan_from_profile(request, read_profile(Path(source)))
+    else:
+        checkpoint = open_model(source)
+        planned = plan_from_model(
+            request,
+            checkpoint,
+            sizes=measure_sizes(checkpoint),
+            profile=None if profile_file is None else read_profile(profile_file),
+            output=target,
+            overwrite=overwrite,
+            track=progress_bars(quiet),
         )
-    return _plan(checkpoint.identity, measured, **budget)
+    print_plan(planned, as_json=as_json)
+    if target is not None:
+        write_schedule(target, planned.schedule, overwrite=overwrite)
 
 
-def _print_plan(measured: Profile, planned: Schedule, *, as_json: bool) -> None:
+def print_plan(planned: Planned, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from voidprune.planning.costs import baseline_costs, schedule_costs
-    from voidprune.tables import costs_table, schedule_table
+    from voidprune.tables import costs_table, free_part_table, schedule_table
 
     if as_json:
-        costs = asdict(schedule_costs(measured.sizes, planned))
-        whole = asdict(baseline_costs(measured.sizes, planned))
-        document = {"schedule": planned.to_document(), "costs": costs, "baseline": whole}
+        assert planned.sizes is not None
+        costs = asdict(schedule_costs(planned.sizes, planned.schedule))
+        whole = asdict(baseline_costs(planned.sizes, planned.schedule))
+        document = {"schedule": planned.schedule.to_document(), "costs": costs, "baseline": whole}
         click.echo(json.dumps(document, indent=2, sort_keys=True))
-    else:
-        print_tables(schedule_table(planned), costs_table(measured.sizes, planned))
+        return
+    assert planned.sizes is not None
+    print_tables(schedule_table(planned.schedule), costs_table(planned.sizes, planned.schedule))
+    if planned.free is not None:
+        print_tables(free_part_table(planned.free))

@@ -1,0 +1,193 @@
+"""A budget, or a bound on what may be lost, becomes a schedule by trying schedules on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from voidprune.errors import BudgetError, DatasetError
+from voidprune.journal import Journal
+from voidprune.pipeline.progress import Track, untracked
+from voidprune.pipeline.trials import Trials
+from voidprune.planning.budgets import Budget
+from voidprune.planning.criteria import CRITERIA
+from voidprune.planning.planner import plan_schedule
+from voidprune.planning.search import (
+    BOTH,
+    Search,
+    Step,
+    estimate_evaluations,
+    search_schedule,
+)
+from voidprune.profiling.profile import Profile
+from voidprune.quality.noninferiority import Comparison, compare_items, num_items_needed
+from voidprune.schedule import Phase, Scalar, Schedule
+
+HOPELESS = 10
+"""A path is left where it has lost this many times the bound on the very samples that it was chosen by."""
+
+
+def propose_schedules(
+    trials: Trials, profile: Profile | None, budget: Budget, *, seed: int = 0
+) -> dict[str, Schedule]:
+    """What every ranking criterion makes of a budget; those that cannot meet it are left out."""
+    proposals = {}
+    for name, criterion in CRITERIA.items():
+        if criterion.needs_profile and profile is None:
+            continue
+        try:
+            schedule = plan_schedule(
+                trials.checkpoint.identity,
+                profile,
+                criterion=name,
+                budget=budget,
+                sizes=trials.sizes,
+                boundary=trials.whole.boundary,
+                single_turn=trials.whole.single_turn,
+                seed=seed,
+            )
+        except BudgetError:
+            continue
+        if budget.overshoot(schedule, trials.sizes) == 0:
+            proposals[name] = schedule
+    return proposals
+
+
+def search_budget(
+    trials: Trials,
+    budget: Budget,
+    *,
+    objective: str = "loss",
+    proposals: Sequence[Schedule] = (),
+    greedy: bool = True,
+    max_evaluations: int | None = None,
+    journal: Journal | None = None,
+    track: Track = untracked,
+) -> Step:
+    """The best schedule within a budget that a search finds, and its value on the choosing samples.
+
+    Without `greedy`, the best of the proposals, refined. Raises BudgetError.
+    """
+    budget.check_layers(trials.whole.num_layers)
+    total = estimate_evaluations(budget, trials.whole.num_layers) if greedy else len(proposals)
+    with track(f"searching by {objective}", total, "schedules") as advance:
+        search = Search(
+            trials.objective(objective, journal=journal),
+            budget,
+            sizes=trials.sizes,
+            sublayers=True,
+            on_evaluation=lambda: advance(1),
+        )
+        found = search_schedule(
+            search, trials.whole if greedy else None, proposals=proposals, max_evaluations=max_evaluations
+        )
+    origin: dict[str, Scalar] = {"criterion": f"search-{objective}", **budget.to_origin()}
+    return replace(found, schedule=replace(found.schedule, origin=origin))
+
+
+@dataclass(frozen=True)
+class FreePart:
+    """The smallest schedule that stays within the bound, and how it compares with the whole model on the judging samples.
+
+    `parts` holds the same for each phase apart where both were cut.
+    """
+
+    schedule: Schedule
+    comparison: Comparison
+    parts: Mapping[str, tuple[Schedule, Comparison]]
+
+
+def find_free_schedule(
+    trials: Trials,
+    *,
+    goal: str,
+    max_loss: float = 0.01,
+    protected: frozenset[int] = frozenset(),
+    journal: Journal | None = None,
+    track: Track = untracked,
+) -> FreePart:
+    """The smallest schedule that is no worse than the whole model, up to `max_loss` of its perplexity and accuracy.
+
+    Layers are left out one by one, always the one that raises the loss of the choosing samples least; how many may go is then
+    found by bisection on the judging samples, with one-sided 95 % bounds. The bound of what is returned was checked; that no
+    smaller schedule would hold it was not. Raises DatasetError where the judging samples are too few for the bound.
+    """
+    for task, items in trials.groups.items() if trials.asks else ():
+        if len(items) < num_items_needed(max_loss):
+            raise DatasetError(
+                f"{len(items)} items of {task} cannot show that at most {max_loss:.1%} is lost",
+                hint=f"give {num_items_needed(max_loss)} or more to judge by, or a larger --max-loss",
+            )
+    run = _FreeRun(trials, max_loss, protected, journal or Journal(), track)
+    match goal:
+        case "fast-prompt":
+            schedule, comparison = run.shrink(trials.whole, (Phase.PREFILL,))
+            parts: dict[str, tuple[Schedule, Comparison]] = {}
+        case "small":
+            schedule, comparison = run.shrink(trials.whole, BOTH)
+            parts = {}
+        case _:
+            parts = {str(phase): run.shrink(trials.whole, (phase,)) for phase in BOTH}
+            schedule, comparison = run.shrink(parts["prefill"][0], (Phase.DECODE,))
+    origin: dict[str, Scalar] = {
+        "criterion": "search-loss",
+        "goal": goal,
+        "max_loss": max_loss,
+        "perplexity_loss_upper": round(comparison.perplexity.upper, 6),
+    }
+    return FreePart(replace(schedule, origin=origin), comparison, parts)
+
+
+@dataclass(frozen=True)
+class _FreeRun:
+    trials: Trials
+    max_loss: float
+    protected: frozenset[int]
+    journal: Journal
+    track: Track
+
+    def shrink(self, start: Schedule, phases: Sequence[Phase]) -> tuple[Schedule, Comparison]:
+        """Cut the phases (both alike where there are two) as far as the bound allows."""
+        schedules = [start, *(step.schedule for step in self._path(start, phases))]
+        first = self.compare(start)
+        good, bad, held = 0, len(schedules), first
+        with self.track("judging", None, "schedules") as advance:
+            while bad - good > 1:
+                middle = (good + bad) // 2
+                comparison = self.compare(schedules[middle])
+                advance(1)
+                if comparison.holds:
+                    good, held = middle, comparison
+                else:
+                    bad = middle
+        return schedules[good], held
+
+    def compare(self, schedule: Schedule) -> Comparison:
+        """A schedule beside the whole model, on the judging samples."""
+        whole, pruned = (self.trials.judge.grade(one) for one in (self.trials.whole, schedule))
+        return compare_items(
+            self.max_loss,
+            whole=(whole.likelihoods.nll, whole.right),
+            pruned=(pruned.likelihoods.nll, pruned.right),
+            num_tokens=whole.likelihoods.num_tokens,
+            groups=self.trials.groups,
+        )
+
+    def _path(self, start: Schedule, phases: Sequence[Phase]) -> Iterator[Step]:
+        """Greedy steps until a single layer is left or hope is."""
+        fewest = max(1, len(self.protected)) / start.num_layers
+        budget = Budget(
+            keep_prefill=fewest if Phase.PREFILL in phases else None,
+            keep_decode=fewest if Phase.DECODE in phases else None,
+            protected=self.protected,
+            shared=len(phases) > 1,
+        )
+        total = estimate_evaluations(budget, start.num_layers)
+        with self.track(f"leaving out layers of {' and '.join(phases)}", total, "schedules") as advance:
+            objective = self.trials.objective("loss", journal=self.journal)
+            search = Search(objective, budget, phases=phases, on_evaluation=lambda: advance(1))
+            whole = search.measure(self.trials.whole)
+            for step in search.grow(search.measure(start)):
+                yield step
+                if step.value - whole.value > HOPELESS * self.max_loss:
+                    return
