@@ -132,7 +132,7 @@ def scheduled(model: PreTrainedModel, schedule: Schedule) -> Iterator[ScheduledM
     for layer, prefill, decode in zip(layers, schedule.prefill, schedule.decode, strict=True):
         attends = {Phase.PREFILL: prefill.attends, Phase.DECODE: decode.attends}
         runs_mlp = {Phase.PREFILL: prefill.runs_mlp, Phase.DECODE: decode.runs_mlp}
-        attention, mlp = getattr(layer, modules.attention), getattr(layer, modules.mlp)
+        attention, mlp = getattr(layer, modules.attention_branch), getattr(layer, modules.mlp_branch)
         handles.append(attention.register_forward_hook(_leave_out(running, attends)))
         handles.append(mlp.register_forward_hook(_leave_out(running, runs_mlp)))
     try:
@@ -149,7 +149,7 @@ def _leave_out(running: ScheduledModel, flags: dict[Phase, bool]) -> Callable[[n
         counted_BT1 = running._counted(flags)
         if counted_BT1 is None:
             return None
-        if isinstance(output, tuple):  # attention: (output, weights)
+        if isinstance(output, tuple):  # attention: (output, weights); a mixture of experts: (output, router scores)
             return (torch.where(counted_BT1, output[0], 0.0), *output[1:])
         return torch.where(counted_BT1, output, 0.0)
 

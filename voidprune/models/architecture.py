@@ -95,11 +95,24 @@ class TensorNames:
 
 @dataclass(frozen=True)
 class ModulePaths:
-    """Attribute paths in the transformers model: the layer list, and in each layer the two sublayers."""
+    """Attribute paths in the transformers model: the layer list, and in each layer the two sublayers and their branches.
+
+    A *branch* is the module whose output is added to the residual stream: the sublayer itself, or, in families that normalize
+    what a sublayer gives (Gemma 2, OLMo 2), the norm behind it. Where the family multiplies branches before it adds them
+    (Granite), the layer's attribute `residual_multiplier` holds the number, and a branch's output is what comes before it:
+
+        hidden_states = residual + multiplier * branch output
+
+    An output may be a tuple (attention: output and weights; a mixture of experts: output and router scores): its first entry is
+    what is added.
+    """
 
     layers: str = "model.layers"
     attention: str = "self_attn"
     mlp: str = "mlp"
+    attention_branch: str = "self_attn"
+    mlp_branch: str = "mlp"
+    residual_multiplier: str | None = None
 
 
 @dataclass(frozen=True)
