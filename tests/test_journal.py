@@ -29,7 +29,7 @@ def begin(output: Path, *steps: str) -> bytes:
 def test_finished_steps_come_back_bit_by_bit(tmp_path: Path) -> None:
     begin(tmp_path / "out.json", "a", "b")
     with Journal(tmp_path / "out.json", key=dict(reversed(KEY.items()))) as journal:
-        assert len(journal) == 2
+        assert journal.num_finished == 2
         assert journal.get("b") == {"third": 1 / 3}
         assert journal.get("c") is None
         journal.record("c", (1, 2))
@@ -47,7 +47,7 @@ def test_cut_at_any_byte_only_whole_steps_are_left(tmp_path: Path) -> None:
     for size in range(len(lines[0]), len(whole) + 1):
         partial(output).write_bytes(whole[:size])
         with Journal(output, key=KEY) as journal:
-            finished = len(journal)
+            finished = journal.num_finished
             assert sum(map(len, lines[: 1 + finished])) <= size
             assert finished == 3 or sum(map(len, lines[: 2 + finished])) > size
             for number, step in list(enumerate("abc"))[finished:]:
@@ -61,7 +61,7 @@ def test_what_follows_a_broken_line_is_done_again(tmp_path: Path) -> None:
     for broken in (b"\0\0\0\n", b"[1]\n", b'{"step": "a"}\n', header):
         partial(output).write_bytes(header + first + broken + second)
         with Journal(output, key=KEY) as journal:
-            assert (len(journal), journal.get("b")) == (1, None)
+            assert (journal.num_finished, journal.get("b")) == (1, None)
         assert partial(output).read_bytes() == header + first
 
 
@@ -73,9 +73,9 @@ def test_a_journal_of_another_run_is_refused_by_name_or_begun_anew(tmp_path: Pat
     assert caught.value.hint is not None
     assert "--overwrite" in caught.value.hint
     with Journal(output, key=KEY, overwrite=True) as journal:
-        assert len(journal) == 1
+        assert journal.num_finished == 1
     with Journal(output, key={**KEY, "batch_size": 4}, overwrite=True) as journal:
-        assert len(journal) == 0
+        assert journal.num_finished == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"my notes\n", b"{}\n", b'{"schema": "voidprune.profile/1"}\n'])

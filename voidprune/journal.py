@@ -97,8 +97,8 @@ class Journal:
             os.fsync(self._file.fileno())
         self._values[step] = json.loads(line)["value"]
 
-    def __len__(self) -> int:
-        """How many steps are finished."""
+    @property
+    def num_finished(self) -> int:
         return len(self._values)
 
     def close(self) -> None:
