@@ -28,7 +28,7 @@ ROWS: list[set[str]] = [
     {"demo"},  # besides what `test_demo_...` says of it
     {"recipe", "pipeline"},
     {"walkthrough"},
-    {"tables", "report", "doctor"},
+    {"tables", "plots", "report", "doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -214,7 +214,7 @@ def test_existing_output_is_never_overwritten_unasked(results: Path, tmp_path: P
 
 def test_broken_artefacts(tmp_path: Path) -> None:
     (tmp_path / "profile.json").write_bytes(artifacts.canonical_bytes({"schema": "voidprune.profile/99"}))
-    expect_error("plan", tmp_path / "profile.json", "-o", tmp_path / "s.json", "--keep", 0.5, message="reads format 1")
+    expect_error("plan", tmp_path / "profile.json", "-o", tmp_path / "s.json", "--keep", 0.5, message="reads format 2")
 
 
 def test_eval_of_an_unknown_task() -> None:

@@ -80,7 +80,7 @@ def test_the_page_asks_nobody_for_anything(folder: Path) -> None:
 
 def test_the_heat_map_has_a_cell_for_every_layer_phase_and_measure(folder: Path) -> None:
     page = render_report(folder)
-    assert page.count('class="heat"') == 2 * 2 * 3
+    assert page.count('class="heat"') == 2 * 2 * 5
     assert page.count('class="cached"') == 1
 
 

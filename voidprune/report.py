@@ -70,13 +70,14 @@ def describe(path: Path) -> tuple[artifacts.Document, list[Any]]:
 _RESULTS: dict[str, Callable[[artifacts.Document], Any]] = {
     "evaluation": tables.evaluation_table,
     "benchmark": tables.benchmark_table,
-    "comparison": lambda document: tables.comparison_table(document["rows"]),
+    "comparison": tables.comparison_table,
 }
+_VERSIONS = {"comparison": 2}
 
 
 def _read_result(file: Path, kind: str) -> artifacts.Document:
     """A result file. It is whole when its table can be made. Raises ArtifactError."""
-    document = artifacts.read_document(file, kind=kind, version=1)
+    document = artifacts.read_document(file, kind=kind, version=_VERSIONS.get(kind, 1))
     try:
         _RESULTS[kind](document)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -181,6 +182,8 @@ _MEASURES = (
     ("activation_frequency", "LAC activation frequency"),
     ("block_influence", "block influence"),
     ("relative_norm_change", "relative norm change"),
+    ("attention_influence", "attention, 1 - cosine"),
+    ("mlp_influence", "MLP, 1 - cosine"),
 )
 _MARKS = {
     LayerAction.FULL: "runs",

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.profiling.test_profile import make_profile
+from tests.profiling.test_profile import fill_blocks, make_profile
 from voidprune.errors import BudgetError
+from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.planner import num_kept, plan_schedule, top_layers
-from voidprune.profiling.profile import LayerStatistics, Profile
+from voidprune.profiling.profile import Profile, empty_statistics
 from voidprune.schedule import LayerAction, ModelIdentity, Phase, Schedule
 
 MODEL = ModelIdentity("tiny", "llama", 2, "sha256:abc")
@@ -93,8 +94,31 @@ def test_random_layers_differ_between_phases_that_are_split() -> None:
 
 def test_a_phase_without_tokens_is_refused() -> None:
     profile = make_profile()
-    nothing = LayerStatistics(0, (0, 0), (0.0, 0.0), (0.0, 0.0))
+    nothing = fill_blocks(empty_statistics(2))
     groups = {"default": {Phase.PREFILL: profile.groups["default"][Phase.PREFILL], Phase.DECODE: nothing}}
     silent = Profile(profile.model, profile.sizes, profile.lac, profile.calibration, groups)
     with pytest.raises(BudgetError, match="no token of decode"):
         plan(silent, prefill=0.5, decode=0.5)
+
+
+def test_a_sublayer_criterion_leaves_the_other_sublayer_in_place() -> None:
+    """Layer 1 turns the state less in attention and in its MLP, in both phases."""
+    attention = plan(prefill=0.5, decode=0.5, criterion="attention-cosine")
+    assert attention.prefill == attention.decode == (LayerAction.FULL, LayerAction.SKIP_ATTENTION)
+    mlp = plan(prefill=0.5, decode=1.0, criterion="mlp-cosine")
+    assert mlp.prefill == (LayerAction.FULL, LayerAction.SKIP_MLP)
+    assert mlp.decode == (LayerAction.FULL, LayerAction.FULL)
+
+
+def test_attention_that_only_decode_needs_finds_its_keys() -> None:
+    schedule = plan(prefill=0.5, decode=1.0, criterion="attention-cosine")
+    assert schedule.prefill == (LayerAction.FULL, LayerAction.KV_MLP)
+    assert schedule.decode == (LayerAction.FULL, LayerAction.FULL)
+
+
+def test_every_criterion_keeps_what_the_budget_says() -> None:
+    for name in CRITERIA:
+        for keep, kept in ((0.5, 1), (1.0, 2)):
+            schedule = plan(prefill=keep, decode=keep, criterion=name)
+            assert sum(action is LayerAction.FULL for action in schedule.prefill) == kept, name
+            assert schedule.origin["criterion"] == name

@@ -11,12 +11,17 @@ from voidprune import artifacts
 from voidprune.errors import ArtifactError
 from voidprune.models.sizes import LayerSizes, ModelSizes
 from voidprune.profiling.profile import (
+    NUM_BLOCKS,
+    Blocks,
     Calibration,
     LacSettings,
     LayerStatistics,
     Profile,
+    empty_statistics,
     merge_profiles,
     read_profile,
+    span_index,
+    sum_statistics,
     write_profile,
 )
 from voidprune.schedule import ModelIdentity, Phase
@@ -24,17 +29,32 @@ from voidprune.schedule import ModelIdentity, Phase
 GOLDEN = Path(__file__).parent.parent / "golden" / "profile.json"
 
 
+def fill_blocks(*statistics: LayerStatistics) -> Blocks:
+    """The given blocks, and empty ones behind them."""
+    return (*statistics, *[empty_statistics(statistics[0].num_layers)] * (NUM_BLOCKS - len(statistics)))
+
+
 def make_profile(*, group: str = "default", scale: int = 1) -> Profile:
     layer = LayerSizes(100, 60, 20, 40, 15, 5, 10)
-    prefill = LayerStatistics(
-        10 * scale, (10 * scale, 4 * scale), (0.5 * scale, 0.25 * scale), (2.0 * scale, 1.0 * scale)
+
+    def block(num_tokens: int, active: tuple[int, int], *measures: tuple[float, ...]) -> LayerStatistics:
+        cosine, relative, attention, mlp, spans = (tuple(value * scale for value in measure) for measure in measures)
+        return LayerStatistics(
+            num_tokens * scale, (active[0] * scale, active[1] * scale), cosine, relative, attention, mlp, scale, spans
+        )
+
+    prefill = fill_blocks(
+        block(6, (6, 3), (0.375, 0.125), (1.5, 0.5), (0.25, 0.125), (0.5, 0.0), (0.125, 0.25, 0.5)),
+        block(4, (4, 1), (0.125, 0.125), (0.5, 0.5), (0.25, 0.125), (0.5, 0.0), (0.25, 0.5, 0.25)),
     )
-    decode = LayerStatistics(4 * scale, (2 * scale, 4 * scale), (1.0 * scale, 0.5 * scale), (4.0 * scale, 0.5 * scale))
+    decode = fill_blocks(
+        block(4, (2, 4), (1.0, 0.5), (4.0, 0.5), (0.5, 0.25), (0.75, 0.125), (0.5, 0.5, 0.125)),
+    )
     return Profile(
         model=ModelIdentity("tiny", "llama", 2, "sha256:abc"),
         sizes=ModelSizes((layer, layer), 50, 30, 8, 16, 4),
         lac=LacSettings(alpha=0.8),
-        calibration=Calibration(3 * scale, "dataset", 0, (f"sha256:{group}{scale}",)),
+        calibration=Calibration(2 * scale, "dataset", 0, (f"sha256:{group}{scale}",)),
         groups={group: {Phase.PREFILL: prefill, Phase.DECODE: decode}},
     )
 
@@ -44,14 +64,38 @@ def test_means_are_sums_over_tokens() -> None:
     assert statistics.activation_frequency == (1.0, 0.4)
     assert statistics.block_influence == (0.05, 0.025)
     assert statistics.relative_norm_change == (0.2, 0.1)
+    assert statistics.attention_influence == (0.05, 0.025)
+    assert statistics.mlp_influence == (0.1, 0.0)
 
 
-def test_merging_adds_groups_and_counts() -> None:
+def test_spans_are_means_over_samples() -> None:
+    statistics = make_profile().statistics(Phase.PREFILL)
+    assert statistics.angular_distances(1) == (0.375 / 2, 0.75 / 2)
+    assert statistics.angular_distances(2) == (0.75 / 2,)
+
+
+def test_the_triangle_of_spans_is_numbered_without_gaps() -> None:
+    numbers = [span_index(5, start, end - start) for start in range(5) for end in range(start + 1, 6)]
+    assert numbers == list(range(15))
+
+
+def test_merging_adds_groups_and_counts_block_by_block() -> None:
     merged = merge_profiles(make_profile(), merge_profiles(make_profile(scale=2), make_profile(group="other")))
     assert merged.statistics(Phase.DECODE).num_tokens == 4 + 8 + 4
-    assert merged.groups["default"][Phase.PREFILL].active == (30, 12)
-    assert merged.calibration.num_samples == 3 + 6 + 3
+    assert [block.active for block in merged.groups["default"][Phase.PREFILL][:3]] == [(18, 9), (12, 3), (0, 0)]
+    assert merged.calibration.num_samples == 2 + 4 + 2
     assert merged.calibration.fingerprints == ("sha256:default1", "sha256:default2", "sha256:other1")
+
+
+def test_merging_does_not_depend_on_the_order() -> None:
+    parts = make_profile(), make_profile(scale=3), make_profile(group="other")
+    one = merge_profiles(merge_profiles(parts[0], parts[1]), parts[2])
+    other = merge_profiles(parts[2], merge_profiles(parts[1], parts[0]))
+    assert artifacts.canonical_bytes(one.to_document()) == artifacts.canonical_bytes(other.to_document())
+
+
+def test_the_sum_of_nothing_is_empty() -> None:
+    assert sum_statistics((), num_layers=2) == empty_statistics(2)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +120,14 @@ def test_round_trip_and_golden_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("groups", "default", "prefill", "active"), [1]),
-        (("groups", "default", "prefill", "active"), [11, 0]),
+        (("groups", "default", "prefill", "0", "active"), [1]),
+        (("groups", "default", "prefill", "0", "active"), [11, 0]),
+        (("groups", "default", "prefill", "0", "span_distance"), [0.5]),
+        (("groups", "default", "prefill", "0", "num_spans"), 7),
+        (("groups", "default", "prefill", "0", "median"), 0.5),
+        (("groups", "default", "prefill", "0"), 3),
+        (("groups", "default", "prefill", "32"), "same"),
+        (("groups", "default", "prefill", "01"), "same"),
         (("groups", "default", "decode"), None),
         (("lac",), {"alpha": 0.8, "beta": 1}),
         (("sizes", "layers"), [{}]),
@@ -90,7 +140,7 @@ def test_broken_files_are_refused(tmp_path: Path, path: tuple[str, ...], value: 
     place = document
     for key in path[:-1]:
         place = place[key]
-    place[path[-1]] = value
+    place[path[-1]] = place["0"] if value == "same" else value
     (tmp_path / "profile.json").write_bytes(artifacts.canonical_bytes(document))
     with pytest.raises(ArtifactError, match=r"profile\.json"):
         read_profile(tmp_path / "profile.json")

@@ -49,6 +49,8 @@ def compare(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    seed: int,
+    search_evaluations: int | None,
     **options: Any,
 ) -> None:
     """Every way to choose layers, side by side on your model at equal cost.
@@ -58,14 +60,22 @@ def compare(
     """
     from voidprune import artifacts
     from voidprune.pipeline.compare import CompareRequest, compare_model
+    from voidprune.pipeline.comparison import SCOPES
     from voidprune.pipeline.models import open_model
+    from voidprune.pipeline.plan import Calibrated
     from voidprune.profiling.profile import read_profile
     from voidprune.tables import comparison_table
 
     for target in (output, plot):
         if target is not None:
             artifacts.check_output_file(target, overwrite=overwrite)
-    request = CompareRequest.from_options(keeps=keeps, scopes=scopes, searches=searches, **options)
+    request = CompareRequest(
+        keeps=_parse_keeps(keeps),
+        scopes=scopes or tuple(SCOPES),
+        searches=searches or ("loss",),
+        seed=seed,
+        calibrated=Calibrated(**options),
+    )
     outcome = compare_model(
         request,
         open_model(model),
@@ -80,3 +90,10 @@ def compare(
 
         artifacts.write_file(plot, plot_comparison(outcome).encode(), overwrite=overwrite)
     show_result(outcome, comparison_table, outcome, as_json=as_json)
+
+
+def _parse_keeps(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of shares such as 0.75,0.5", param_hint="--keep") from error

@@ -22,7 +22,14 @@ def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) 
     """The whole main job on the model that ships: profile, compare criteria, export, verify, evaluate, bench, report."""
     from voidprune import artifacts, walkthrough
     from voidprune.report import render_report
-    from voidprune.tables import benchmark_table, comparison_table, evaluation_table, profile_table, schedule_table
+    from voidprune.tables import (
+        benchmark_table,
+        comparison_table,
+        evaluation_table,
+        free_part_table,
+        profile_table,
+        schedule_table,
+    )
 
     artifacts.check_output_folder(output, overwrite=overwrite, marker="comparison.json")
     outcome = walkthrough.run_demo(
@@ -31,8 +38,9 @@ def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) 
     artifacts.write_file(output / "report.html", render_report(output).encode())
     print_tables(
         profile_table(outcome.profile),
-        comparison_table(outcome.comparison["rows"]),
-        schedule_table(outcome.schedule),
+        comparison_table(outcome.comparison),
+        schedule_table(outcome.free.schedule),
+        free_part_table(outcome.free),
         evaluation_table(outcome.evaluation),
         benchmark_table(outcome.benchmark),
     )

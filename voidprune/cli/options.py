@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-
 def output_option(what: str, *, required: bool = True) -> Callable[[Command], Command]:
     return click.option("-o", "--output", type=click.Path(path_type=Path), required=required, help=f"{what} to write.")
 
@@ -35,7 +34,7 @@ provider_option = click.option(
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 
 
-class Amount(click.ParamType):
+class Amount(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.5
     """700000000, 700MB, 1.5GiB, 2T."""
 
     name = "amount"
@@ -44,7 +43,7 @@ class Amount(click.ParamType):
         return value if isinstance(value, int) else parse_amount(value)
 
 
-class Layers(click.ParamType):
+class Layers(click.ParamType):  # type: ignore[type-arg]
     """3,7,11-14: from 0, ranges inclusive."""
 
     name = "layers"

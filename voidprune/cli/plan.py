@@ -85,19 +85,28 @@ def plan(
 
 
 def print_plan(planned: Planned, *, as_json: bool) -> None:
+    """The schedule, what it costs beside the whole model, and how sure the choice of its layers is."""
     from dataclasses import asdict
 
     from voidprune.planning.costs import baseline_costs, schedule_costs
-    from voidprune.tables import costs_table, free_part_table, schedule_table
+    from voidprune.planning.intervals import schedule_cuts
+    from voidprune.tables import costs_table, cuts_table, free_part_table, schedule_table
 
+    schedule, sizes, free = planned.schedule, planned.sizes, planned.free
+    cuts = {} if planned.profile is None else schedule_cuts(planned.profile, schedule)
     if as_json:
-        assert planned.sizes is not None
-        costs = asdict(schedule_costs(planned.sizes, planned.schedule))
-        whole = asdict(baseline_costs(planned.sizes, planned.schedule))
-        document = {"schedule": planned.schedule.to_document(), "costs": costs, "baseline": whole}
+        document = {
+            "schedule": schedule.to_document(),
+            "costs": asdict(schedule_costs(sizes, schedule)),
+            "baseline": asdict(baseline_costs(sizes, schedule)),
+            "cuts": {str(phase): asdict(cut) for phase, cut in cuts.items()},
+            "free": None if free is None else asdict(free.comparison),
+        }
         click.echo(json.dumps(document, indent=2, sort_keys=True))
         return
-    assert planned.sizes is not None
-    print_tables(schedule_table(planned.schedule), costs_table(planned.sizes, planned.schedule))
-    if planned.free is not None:
-        print_tables(free_part_table(planned.free))
+    print_tables(
+        schedule_table(schedule),
+        costs_table(sizes, schedule),
+        *([cuts_table(cuts)] if cuts else []),
+        *([free_part_table(free)] if free is not None else []),
+    )

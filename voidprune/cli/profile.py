@@ -24,19 +24,17 @@ if TYPE_CHECKING:
 @json_option
 @quiet_option
 def profile(model: str, output: Path, overwrite: bool, as_json: bool, quiet: bool, **calibration: Any) -> None:
-    """Measure how often each layer is active, in prefill and in decode.
+    """Measure every layer, in prefill and in decode. A run that was killed is resumed by repeating it.
 
     \b
       voidprune profile Qwen/Qwen2.5-0.5B-Instruct -o profile.json --dataset prompts.jsonl
     """
     from voidprune import artifacts
     from voidprune.pipeline.models import open_model
-    from voidprune.profiling.profile import write_profile
     from voidprune.tables import profile_table
 
     artifacts.check_output_file(output, overwrite=overwrite)
-    measured = measure_profile(open_model(model), quiet=quiet, **calibration)
-    write_profile(output, measured, overwrite=overwrite)
+    measured = measure_profile(open_model(model), output=output, overwrite=overwrite, quiet=quiet, **calibration)
     show_result(measured.to_document(), profile_table, measured, as_json=as_json)
 
 

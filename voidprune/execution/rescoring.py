@@ -72,9 +72,7 @@ class Rescorer:
         self.samples = tuple(samples)
         self._layers = decoder_layers(model, find_family(model.config.to_dict()).modules)
         order = sorted(range(len(samples)), key=lambda index: (len(_row(samples[index])), index))
-        self._batches = [
-            self._pad(order[start : start + batch_size]) for start in range(0, len(order), batch_size)
-        ]
+        self._batches = [self._pad(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
         state_bytes = sum(batch.input_ids_BT.numel() for batch in self._batches) * _bytes_per_token(model)
         self._stride = -(-len(self._layers) * state_bytes // max_cache_bytes) or 1
         self._in_tuple = self._returns_tuples()

@@ -155,7 +155,9 @@ def measure_margin(
         if best.right is not None and other.right is not None:
             lead = (best.right[index].astype(float) - other.right[index]) / len(index)
         else:
-            lead = (other.likelihoods.nll[index] - best.likelihoods.nll[index]) / best.likelihoods.num_tokens[index].sum()
+            lead = (other.likelihoods.nll[index] - best.likelihoods.nll[index]) / best.likelihoods.num_tokens[
+                index
+            ].sum()
         picks = generator.integers(len(index), size=(NUM_REPLICATES, len(index)))
         leads[0] += lead.sum()
         leads[1:] += lead[picks].sum(axis=1)

@@ -17,8 +17,8 @@ from voidprune.pipeline.tasks import find_rows
 from voidprune.pipeline.trials import Trials, open_trials
 from voidprune.planning.budgets import Budget
 from voidprune.planning.criteria import find_criterion
-from voidprune.planning.search import SEARCHES
 from voidprune.planning.planner import explicit_schedule, plan_schedule
+from voidprune.planning.search import SEARCHES
 from voidprune.profiling.calibration import Row, default_rows
 from voidprune.profiling.profile import Profile
 from voidprune.schedule import Boundary, ModelIdentity, Schedule, full_schedule
@@ -63,7 +63,7 @@ class PlanRequest:
     `criterion` None is "auto" where the model is at hand, else "lac". Raises BudgetError where ways are mixed.
     """
 
-    budget: Budget = Budget()
+    budget: Budget = Budget()  # noqa: RUF009  a frozen value
     criterion: str | None = None
     goal: str | None = None
     max_loss: float | None = None
@@ -114,10 +114,10 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Planned:
-    """A schedule, the sizes of its model where they are known, and what was found on the way."""
+    """A schedule, the sizes of its model, and what was found on the way."""
 
     schedule: Schedule
-    sizes: ModelSizes | None
+    sizes: ModelSizes
     profile: Profile | None = None
     free: FreePart | None = None
 
@@ -149,15 +149,18 @@ def plan_from_model(
     criterion = request.criterion or "auto"
     if not request.is_free and (request.is_explicit or criterion not in SEARCHES):
         if profile is None and not request.is_explicit and find_criterion(criterion).needs_profile:
-            profile = _profile(request.calibrated, checkpoint, track)
+            profile = make_profile(request.calibrated, checkpoint, track)
         return Planned(_plan_ranked(request, checkpoint.identity, profile, sizes), sizes, profile)
-    whole = replace(
-        full_schedule(checkpoint.identity, boundary=request.boundary), single_turn=request.single_turn
-    )
+    whole = replace(full_schedule(checkpoint.identity, boundary=request.boundary), single_turn=request.single_turn)
     if not request.is_free and profile is None:
-        profile = _profile(request.calibrated, checkpoint, track)
+        profile = make_profile(request.calibrated, checkpoint, track)
     trials = open_trials_for(
-        request.calibrated, checkpoint, whole, sizes=sizes, num_judging=NUM_JUDGING if request.is_free else None, track=track
+        request.calibrated,
+        checkpoint,
+        whole,
+        sizes=sizes,
+        num_judging=NUM_JUDGING if request.is_free else None,
+        track=track,
     )
     key = {**trials.key, "criterion": criterion, "goal": str(request.goal)}
     with Journal(output, key=key, overwrite=overwrite) as journal:
@@ -225,9 +228,7 @@ def _search(
     return replace(found.schedule, origin={**origin, "equals": ", ".join(names)} if names else origin)
 
 
-def _plan_ranked(
-    request: PlanRequest, model: ModelIdentity, profile: Profile | None, sizes: ModelSizes
-) -> Schedule:
+def _plan_ranked(request: PlanRequest, model: ModelIdentity, profile: Profile | None, sizes: ModelSizes) -> Schedule:
     full = replace(full_schedule(model, boundary=request.boundary), single_turn=request.single_turn)
     if request.is_explicit:
         return explicit_schedule(full, keep=request.keep_layers, drop=request.drop_layers)
@@ -243,7 +244,7 @@ def _plan_ranked(
     )
 
 
-def _profile(calibrated: Calibrated, checkpoint: Checkpoint, track: Track) -> Profile:
+def make_profile(calibrated: Calibrated, checkpoint: Checkpoint, track: Track) -> Profile:
     context = checkpoint.architecture.context_length
     return profile_model(
         checkpoint,

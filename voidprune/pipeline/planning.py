@@ -27,9 +27,7 @@ HOPELESS = 10
 """A path is left where it has lost this many times the bound on the very samples that it was chosen by."""
 
 
-def propose_schedules(
-    trials: Trials, profile: Profile | None, budget: Budget, *, seed: int = 0
-) -> dict[str, Schedule]:
+def propose_schedules(trials: Trials, profile: Profile | None, budget: Budget, *, seed: int = 0) -> dict[str, Schedule]:
     """What every ranking criterion makes of a budget; those that cannot meet it are left out."""
     proposals = {}
     for name, criterion in CRITERIA.items():
@@ -118,7 +116,7 @@ def find_free_schedule(
                 f"{len(items)} items of {task} cannot show that at most {max_loss:.1%} is lost",
                 hint=f"give {num_items_needed(max_loss)} or more to judge by, or a larger --max-loss",
             )
-    run = _FreeRun(trials, max_loss, protected, journal or Journal(), track)
+    run = _FreeRun(trials, max_loss, protected, Journal() if journal is None else journal, track)
     match goal:
         case "fast-prompt":
             schedule, comparison = run.shrink(trials.whole, (Phase.PREFILL,))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import voidprune
+from voidprune.artifacts import check_output_file
 from voidprune.errors import ModelError
+from voidprune.journal import Journal
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
 from voidprune.pipeline.progress import Track, untracked
-from voidprune.profiling.calibration import Row, encode_rows, require_responses
-from voidprune.profiling.profile import LacSettings, Profile
+from voidprune.profiling.calibration import Row, encode_rows, fingerprint_samples, require_responses
+from voidprune.profiling.profile import LacSettings, Profile, write_profile
 from voidprune.profiling.tracing import generate_responses, trace_model
 
 
@@ -26,12 +32,19 @@ def profile_model(
     batch_size: int = 8,
     dtype: str | None = None,
     device: str | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
     track: Track = untracked,
 ) -> Profile:
     """Trace a model over a calibration set, by default on CUDA in bf16 where there is a device, else in fp32.
 
-    Raises ModelError, DatasetError, RuntimeProviderError.
+    With an `output` the profile is written there, and finished batches lie in a journal beside it until it is: a run that was
+    killed, repeated with the same settings, goes on where it stopped and writes the same bytes.
+
+    Raises ModelError, DatasetError, RuntimeProviderError, ArtifactError where the journal is that of another run, OutputError.
     """
+    if output is not None:
+        check_output_file(output, overwrite=overwrite)
     ends = end_tokens(checkpoint.folder)
     context = checkpoint.architecture.context_length
     reserved = max_new_tokens if responses == "generate" else 0
@@ -49,26 +62,59 @@ def profile_model(
     samples = encode_rows(rows, tokenizer, end_tokens=ends, max_length=longest, num_samples=num_samples)
     if responses == "dataset":
         require_responses(samples)
-    model = load_model(checkpoint.folder, dtype=dtype, device=device)
-    if responses == "generate":
-        with track("generating", None, "tokens") as advance:
-            samples = generate_responses(
+    settings = {
+        "model": checkpoint.identity.fingerprint,
+        "samples": fingerprint_samples(samples),
+        "groups": hashlib.sha256(json.dumps([sample.group for sample in samples]).encode()).hexdigest(),
+        "responses": responses,
+        "max_new_tokens": max_new_tokens,
+        "end_tokens": list(ends),
+        "alpha": lac.alpha,
+        "lac_arithmetic": lac.arithmetic,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": device,
+    }
+    with Journal(output, key={**settings, **_numerics()}, overwrite=overwrite) as journal:
+        model = load_model(checkpoint.folder, dtype=dtype, device=device)
+        if responses == "generate":
+            with track("generating", None, "tokens") as advance:
+                samples = generate_responses(
+                    model,
+                    samples,
+                    max_new_tokens=max_new_tokens,
+                    end_tokens=ends,
+                    batch_size=batch_size,
+                    journal=journal,
+                    on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
+                )
+        num_tokens = sum(len(sample.prompt) + len((sample.response or ())[1:]) for sample in samples)
+        with track("tracing", num_tokens, "tokens") as advance:
+            profile = trace_model(
                 model,
+                checkpoint,
                 samples,
-                max_new_tokens=max_new_tokens,
-                end_tokens=ends,
+                responses=responses,
+                max_new_tokens=max_new_tokens if responses == "generate" else 0,
+                lac=lac,
                 batch_size=batch_size,
+                journal=journal,
                 on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
             )
-    num_tokens = sum(len(sample.prompt) + len((sample.response or ())[1:]) for sample in samples)
-    with track("tracing", num_tokens, "tokens") as advance:
-        return trace_model(
-            model,
-            checkpoint,
-            samples,
-            responses=responses,
-            max_new_tokens=max_new_tokens if responses == "generate" else 0,
-            lac=lac,
-            batch_size=batch_size,
-            on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
-        )
+        if output is not None:
+            write_profile(output, profile, overwrite=overwrite)
+            journal.remove()
+    return profile
+
+
+def _numerics() -> dict[str, object]:
+    """What else decides about the last bits of a number."""
+    import torch
+    import transformers
+
+    return {
+        "voidprune": voidprune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }

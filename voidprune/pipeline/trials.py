@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
+from voidprune.errors import DatasetError, ModelError
 from voidprune.execution.rescoring import Rescorer
+from voidprune.journal import Journal
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
 from voidprune.models.sizes import ModelSizes
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.planning.objectives import Grader, Grades, LossObjective, TaskObjective, group_samples
-from voidprune.errors import DatasetError, ModelError
-from voidprune.journal import Journal
 from voidprune.profiling.calibration import Row, Sample, encode_rows, fingerprint_samples
 from voidprune.profiling.tracing import generate_responses
 from voidprune.quality.evaluation import answer_of
@@ -96,9 +96,7 @@ class Judge:
         key = (schedule.prefill, schedule.decode)
         if key not in self._grades:
             self._grades[key] = (
-                Grades(self._rescorer.measure(schedule), None)
-                if self._grader is None
-                else self._grader.grade(schedule)
+                Grades(self._rescorer.measure(schedule), None) if self._grader is None else self._grader.grade(schedule)
             )
         return self._grades[key]
 

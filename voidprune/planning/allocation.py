@@ -135,7 +135,10 @@ def _solve(
         scale = max(limits[name], 1)
         rows.append([*(change / scale for change in changes), -1.0])
         bounds.append((limits[name] - whole) / scale)
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(runs, 1, np.inf)]  # a phase runs at least one layer
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(runs, 1, np.inf),
+    ]  # a phase runs at least one layer
     if rows:
         constraints.append(LinearConstraint(np.array(rows), -np.inf, np.array(bounds) + 1e-12))
     objective = np.append(-values, 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -128,7 +128,9 @@ def parse_layers(text: str) -> frozenset[int]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if found is None or int(found[2] or found[1]) < int(found[1]):
-            raise BudgetError(f"{text!r} is no list of layers", hint="write 3,7,11-14: numbers from 0, ranges inclusive")
+            raise BudgetError(
+                f"{text!r} is no list of layers", hint="write 3,7,11-14: numbers from 0, ranges inclusive"
+            )
         layers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
     return frozenset(layers)
 

@@ -53,16 +53,16 @@ class LossObjective:
         self.rescorer = rescorer
         self.groups = group_samples(rescorer.samples)
         self._values: dict[str, float] = {}
-        self._journal = journal or Journal()
+        self._journal = Journal() if journal is None else journal
 
     def value(self, schedule: Schedule) -> float:
         step = f"{self.name} {describe_effect(schedule)}"
-        value = self._values.get(step, self._journal.get(step))
-        if value is None:
-            value = self._measure(schedule)
-            self._journal.record(step, value)
-        self._values[step] = value
-        return value
+        if step not in self._values:
+            known = self._journal.get(step)
+            self._values[step] = self._measure(schedule) if known is None else float(known)
+            if known is None:
+                self._journal.record(step, self._values[step])
+        return self._values[step]
 
     def rebase(self, schedule: Schedule) -> None:
         self.rescorer.rebase(schedule)

@@ -63,7 +63,9 @@ def plan_schedule(
     return replace(schedule, origin=_describe_origin(chosen, budget, profile, seed=seed))
 
 
-def explicit_schedule(full: Schedule, *, keep: Iterable[int] | None = None, drop: Iterable[int] | None = None) -> Schedule:
+def explicit_schedule(
+    full: Schedule, *, keep: Iterable[int] | None = None, drop: Iterable[int] | None = None
+) -> Schedule:
     """The layers that the user names, in both phases: those in `keep` run, those in `drop` do not. Raises BudgetError."""
     num_layers = full.num_layers
     dropped = set(drop or ()) | (set(range(num_layers)) - set(keep) if keep is not None else set())
@@ -115,9 +117,7 @@ def _keep_layers(
             LayerAction.SKIP if layer in budget.dropped else LayerAction.FULL if layer in kept else rest[criterion.part]
             for layer in range(full.num_layers)
         ]
-    prefill, decode = satisfy_kv_contract(
-        actions[Phase.PREFILL], actions[Phase.DECODE], single_turn=full.single_turn
-    )
+    prefill, decode = satisfy_kv_contract(actions[Phase.PREFILL], actions[Phase.DECODE], single_turn=full.single_turn)
     return replace(full, prefill=prefill, decode=decode)
 
 
@@ -173,9 +173,7 @@ def _phases_that_matter(budget: Budget) -> Sequence[Phase]:
     return [phase for phase, matters in ((Phase.PREFILL, in_prefill), (Phase.DECODE, in_decode)) if matters]
 
 
-def _describe_origin(
-    criterion: Criterion, budget: Budget, profile: Profile | None, *, seed: int
-) -> dict[str, Scalar]:
+def _describe_origin(criterion: Criterion, budget: Budget, profile: Profile | None, *, seed: int) -> dict[str, Scalar]:
     origin: dict[str, Scalar] = {"criterion": criterion.name, **budget.to_origin()}
     if criterion.name == "random":
         origin["seed"] = seed

@@ -1,14 +1,16 @@
 """What was measured, per phase and layer. Pure values; profiles of the same model and settings merge by addition.
 
-Everything is a count or a sum over tokens, so that a mean over any union of samples is one division. Floats are summed in the
-order of the samples, whatever batches they were run in.
+Everything is a count or a sum over tokens, so that a mean over any union of samples is one division. Sums are kept in
+NUM_BLOCKS blocks a group: sample i of a group belongs to block i mod NUM_BLOCKS. A profile therefore has one size however many
+samples it saw, and the differences between its blocks say how sure its means are. Sums are whole multiples of GRID: below two
+million they add without rounding, so the order of samples and of merges leaves no trace.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,36 +20,50 @@ from voidprune.errors import ArtifactError
 from voidprune.models.sizes import ModelSizes
 from voidprune.schedule import ModelIdentity, Phase
 
-KIND, VERSION = "profile", 1
+KIND, VERSION = "profile", 2
+NUM_BLOCKS = 32
+GRID = 2.0**-32
+MEASURES = ("active", "cosine_distance", "relative_change", "attention_distance", "mlp_distance")
+"""The sums of LayerStatistics that have one entry a layer."""
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Sums over the tokens of one phase, one entry a layer.
+    """Sums over the tokens of one phase, one entry a layer, and sums over its samples, one entry a span of layers.
 
     `active`: tokens for which LAC calls the layer active. `cosine_distance`: sum of 1 - cos(state before, state after the
-    layer). `relative_change`: sum of |after - before| / |before|, L2 norms.
+    layer). `relative_change`: sum of |after - before| / |before|, L2 norms. With a and m what the two sublayers add to the
+    residual stream: `attention_distance`: sum of 1 - cos(before, before + a). `mlp_distance`: sum of 1 - cos(after - m, after).
+
+    `span_distance`: sum over samples of arccos(cos(state before layer s, state before layer e)) / pi at the phase's last token,
+    where "before layer L" is after the last; for s = 0 .. L-1 and for each s for e = s+1 .. L. `num_spans`: how many samples.
     """
 
     num_tokens: int
     active: tuple[int, ...]
     cosine_distance: tuple[float, ...]
     relative_change: tuple[float, ...]
+    attention_distance: tuple[float, ...]
+    mlp_distance: tuple[float, ...]
+    num_spans: int
+    span_distance: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        lengths = {len(self.active), len(self.cosine_distance), len(self.relative_change)}
-        if len(lengths) != 1:
+        if any(len(getattr(self, name)) != self.num_layers for name in MEASURES):
             raise ValueError("statistics of several numbers of layers")
-        if self.num_tokens < 0 or any(not 0 <= count <= self.num_tokens for count in self.active):
+        if len(self.span_distance) != self.num_layers * (self.num_layers + 1) // 2:
+            raise ValueError("the spans are not those of the layers")
+        if not 0 <= self.num_spans <= self.num_tokens or any(
+            not 0 <= count <= self.num_tokens for count in self.active
+        ):
             raise ValueError("a layer is active for more tokens than there are")
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.active)
+
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
-        return LayerStatistics(
-            num_tokens=self.num_tokens + other.num_tokens,
-            active=_add(self.active, other.active),
-            cosine_distance=_add(self.cosine_distance, other.cosine_distance),
-            relative_change=_add(self.relative_change, other.relative_change),
-        )
+        return sum_statistics((self, other), num_layers=self.num_layers)
 
     def mean(self, sums: Sequence[float]) -> tuple[float, ...]:
         """A sum over tokens as a mean; zeros where no token was seen."""
@@ -68,10 +84,54 @@ class LayerStatistics:
         """Mean of |after - before| / |before|."""
         return self.mean(self.relative_change)
 
+    @property
+    def attention_influence(self) -> tuple[float, ...]:
+        """1 - mean cosine of the states before and after attention was added (LLM-Drop, arXiv 2406.15786)."""
+        return self.mean(self.attention_distance)
+
+    @property
+    def mlp_influence(self) -> tuple[float, ...]:
+        """1 - mean cosine of the states before and after the MLP was added (LLM-Drop, arXiv 2406.15786)."""
+        return self.mean(self.mlp_distance)
+
+    def angular_distances(self, length: int) -> tuple[float, ...]:
+        """Mean angular distance over `length` layers for each first layer 0 .. L - length, in half turns (arXiv 2403.17887)."""
+        return tuple(
+            self.span_distance[span_index(self.num_layers, start, length)] / max(1, self.num_spans)
+            for start in range(self.num_layers - length + 1)
+        )
+
+
+def span_index(num_layers: int, start: int, length: int) -> int:
+    """Where `span_distance` holds the span of `length` layers from `start` on."""
+    assert 0 <= start < start + length <= num_layers
+    return start * num_layers - start * (start - 1) // 2 + length - 1
+
 
 def empty_statistics(num_layers: int) -> LayerStatistics:
     zeros = (0.0,) * num_layers
-    return LayerStatistics(0, (0,) * num_layers, zeros, zeros)
+    return LayerStatistics(
+        0, (0,) * num_layers, zeros, zeros, zeros, zeros, 0, (0.0,) * (num_layers * (num_layers + 1) // 2)
+    )
+
+
+def sum_statistics(statistics: Iterable[LayerStatistics], *, num_layers: int) -> LayerStatistics:
+    """All of them together."""
+    parts = tuple(statistics) or (empty_statistics(num_layers),)
+
+    def total(name: str) -> tuple[Any, ...]:
+        return tuple(map(sum, zip(*(getattr(part, name) for part in parts), strict=True)))
+
+    return LayerStatistics(
+        num_tokens=sum(part.num_tokens for part in parts),
+        **{name: total(name) for name in MEASURES},
+        num_spans=sum(part.num_spans for part in parts),
+        span_distance=total("span_distance"),
+    )
+
+
+Blocks = tuple[LayerStatistics, ...]
+"""The NUM_BLOCKS blocks of one group and phase; a block without samples is empty."""
 
 
 @dataclass(frozen=True)
@@ -106,30 +166,31 @@ class LacSettings:
 
 @dataclass(frozen=True)
 class Profile:
-    """Statistics of one model, by group (a dataset or task tag) and phase; `sizes` lets a planner cost what it plans."""
+    """Statistics of one model, by group (a dataset or task tag), phase and block; `sizes` lets a planner cost what it plans."""
 
     model: ModelIdentity
     sizes: ModelSizes
     lac: LacSettings
     calibration: Calibration
-    groups: Mapping[str, Mapping[Phase, LayerStatistics]]
+    groups: Mapping[str, Mapping[Phase, Blocks]]
 
     def __post_init__(self) -> None:
         frozen = {name: MappingProxyType(dict(phases)) for name, phases in sorted(self.groups.items())}
         object.__setattr__(self, "groups", MappingProxyType(frozen))
         if len(self.sizes.layers) != self.model.num_layers:
             raise ValueError(f"sizes of {len(self.sizes.layers)} layers, not {self.model.num_layers}")
-        for phases in frozen.values():
-            for statistics in phases.values():
-                if len(statistics.active) != self.model.num_layers:
-                    raise ValueError(f"statistics of {len(statistics.active)} layers, not {self.model.num_layers}")
+        for blocks in (blocks for phases in frozen.values() for blocks in phases.values()):
+            if len(blocks) != NUM_BLOCKS:
+                raise ValueError(f"{len(blocks)} blocks, not {NUM_BLOCKS}")
+            for statistics in blocks:
+                if statistics.num_layers != self.model.num_layers:
+                    raise ValueError(f"statistics of {statistics.num_layers} layers, not {self.model.num_layers}")
 
     def statistics(self, phase: Phase) -> LayerStatistics:
         """All groups of a phase together."""
-        total = empty_statistics(self.model.num_layers)
-        for phases in self.groups.values():
-            total += phases[phase]
-        return total
+        return sum_statistics(
+            (block for phases in self.groups.values() for block in phases[phase]), num_layers=self.model.num_layers
+        )
 
     def to_document(self) -> artifacts.Document:
         return {
@@ -144,15 +205,7 @@ class Profile:
                 "fingerprints": list(self.calibration.fingerprints),
             },
             "groups": {
-                name: {
-                    str(phase): {
-                        "num_tokens": statistics.num_tokens,
-                        "active": list(statistics.active),
-                        "cosine_distance": list(statistics.cosine_distance),
-                        "relative_change": list(statistics.relative_change),
-                    }
-                    for phase, statistics in phases.items()
-                }
+                name: {str(phase): _write_blocks(blocks) for phase, blocks in phases.items()}
                 for name, phases in self.groups.items()
             },
         }
@@ -162,13 +215,17 @@ class Profile:
         artifacts.check_keys(document, required={"schema", *cls.__dataclass_fields__}, place=place)
         try:
             calibration = dict(document["calibration"])
+            sizes = ModelSizes.from_document(document["sizes"], place=place)
             return cls(
                 model=ModelIdentity.from_document(document["model"], place=place),
-                sizes=ModelSizes.from_document(document["sizes"], place=place),
+                sizes=sizes,
                 lac=LacSettings(**document["lac"]),
                 calibration=Calibration(**{**calibration, "fingerprints": tuple(calibration["fingerprints"])}),
                 groups={
-                    name: {phase: _parse_statistics(phases[str(phase)]) for phase in Phase}
+                    name: {
+                        phase: _parse_blocks(phases[str(phase)], num_layers=len(sizes.layers), place=place)
+                        for phase in Phase
+                    }
                     for name, phases in document["groups"].items()
                 },
             )
@@ -176,27 +233,45 @@ class Profile:
             raise ArtifactError(f"{place} is broken: {error}", hint="run voidprune profile again") from error
 
 
-def _parse_statistics(document: Any) -> LayerStatistics:
-    return LayerStatistics(
-        num_tokens=int(document["num_tokens"]),
-        active=tuple(int(count) for count in document["active"]),
-        cosine_distance=tuple(float(value) for value in document["cosine_distance"]),
-        relative_change=tuple(float(value) for value in document["relative_change"]),
-    )
+def _write_blocks(blocks: Blocks) -> artifacts.Document:
+    """Blocks by number; empty ones are left out."""
+    return {
+        str(number): {
+            field.name: list(value) if isinstance(value := getattr(block, field.name), tuple) else value
+            for field in fields(LayerStatistics)
+        }
+        for number, block in enumerate(blocks)
+        if block.num_tokens
+    }
+
+
+def _parse_blocks(document: Any, *, num_layers: int, place: str) -> Blocks:
+    blocks = [empty_statistics(num_layers)] * NUM_BLOCKS
+    for number, block in document.items():
+        artifacts.check_keys(block, required=LayerStatistics.__dataclass_fields__, place=f"{place}, block {number}")
+        if number not in map(str, range(NUM_BLOCKS)):
+            raise ValueError(f"there is no block {number}")
+        blocks[int(number)] = LayerStatistics(
+            num_tokens=int(block["num_tokens"]),
+            active=tuple(int(count) for count in block["active"]),
+            **{name: tuple(float(value) for value in block[name]) for name in (*MEASURES[1:], "span_distance")},
+            num_spans=int(block["num_spans"]),
+        )
+    return tuple(blocks)
 
 
 def merge_profiles(first: Profile, second: Profile) -> Profile:
-    """Both calibration runs as one. Raises ArtifactError where models or settings differ."""
+    """Both calibration runs as one, block by block. Raises ArtifactError where models or settings differ."""
     for attribute in ("model", "sizes", "lac"):
         if getattr(first, attribute) != getattr(second, attribute):
             raise ArtifactError(f"profiles of different {attribute} cannot be merged")
     one, other = first.calibration, second.calibration
     if (one.responses, one.max_new_tokens) != (other.responses, other.max_new_tokens):
         raise ArtifactError("profiles with different responses cannot be merged")
-    groups: dict[str, Mapping[Phase, LayerStatistics]] = dict(first.groups)
+    groups: dict[str, Mapping[Phase, Blocks]] = dict(first.groups)
     for name, phases in second.groups.items():
         mine = groups.get(name)
-        groups[name] = phases if mine is None else {phase: mine[phase] + phases[phase] for phase in Phase}
+        groups[name] = phases if mine is None else {phase: _add(mine[phase], phases[phase]) for phase in Phase}
     return Profile(
         model=first.model,
         sizes=first.sizes,
@@ -205,7 +280,7 @@ def merge_profiles(first: Profile, second: Profile) -> Profile:
             num_samples=one.num_samples + other.num_samples,
             responses=one.responses,
             max_new_tokens=one.max_new_tokens,
-            fingerprints=one.fingerprints + other.fingerprints,
+            fingerprints=tuple(sorted(one.fingerprints + other.fingerprints)),
         ),
         groups=groups,
     )
@@ -220,5 +295,5 @@ def write_profile(path: Path, profile: Profile, *, overwrite: bool = False) -> N
     artifacts.write_file(path, artifacts.canonical_bytes(profile.to_document()), overwrite=overwrite)
 
 
-def _add(first: Sequence[Any], second: Sequence[Any]) -> tuple[Any, ...]:
+def _add(first: Blocks, second: Blocks) -> Blocks:
     return tuple(one + other for one, other in zip(first, second, strict=True))

@@ -1,35 +1,54 @@
 """A model over a calibration set becomes a profile. **Add a measurement here.**
 
-The model is never changed: hooks read the residual stream before and after each decoder layer. Responses are generated first,
-then prompt and response go through the model in one teacher-forced pass; for a dense model that is the same computation as
-prefill followed by cached decode, and it leaves one path to trace. Rows of a batch are padded on the right, where a causal
-model cannot see it, and padding is never counted.
+The model is never changed: hooks read the residual stream before and after each decoder layer, and what its two sublayers add
+to it. Responses are generated first, then prompt and response go through the model in one teacher-forced pass; for a dense
+model that is the same computation as prefill followed by cached decode, and it leaves one path to trace. Rows of a batch are
+padded on the right, where a causal model cannot see it, and padding is never counted.
 
-Shapes: L layers, B rows, T tokens.
+Tracing is to cost next to nothing beside the pass: in a layer, only lengths and inner products of vectors are taken, while
+those are still in the processor's caches; all else is arithmetic on one number a layer and token, and leaves the device once a
+batch.
+
+Shapes: L layers, B rows, T tokens, H hidden size, P phases (prefill, decode), K measures of a layer.
 """
 
 from __future__ import annotations
 
+import base64
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from voidprune.errors import ModelError
+from voidprune.journal import Journal
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.families import find_family
 from voidprune.models.pretrained import generate_greedily
 from voidprune.models.sizes import measure_sizes
 from voidprune.profiling.calibration import Sample, fingerprint_samples
-from voidprune.profiling.profile import Calibration, LacSettings, LayerStatistics, Profile, empty_statistics
+from voidprune.profiling.profile import (
+    GRID,
+    MEASURES,
+    NUM_BLOCKS,
+    Blocks,
+    Calibration,
+    LacSettings,
+    LayerStatistics,
+    Profile,
+)
 from voidprune.schedule import Phase
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of samples and of tokens that were finished since the last call."""
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def lac_activity(norms: Tensor, alpha: float) -> Tensor:
@@ -48,41 +67,137 @@ def lac_activity(norms: Tensor, alpha: float) -> Tensor:
 
 @dataclass
 class _Trace:
-    """What the hooks saw in one pass: norms [L + 1, B, T]; cosine distance and relative change [L, B, T]."""
+    """What the hooks saw in one pass, one entry a layer; `norms` and `ends` have one more in front, for the embedding.
 
-    norms: list[Tensor]
-    cosine_distances: list[Tensor]
-    relative_changes: list[Tensor]
+    `norms`: |x| of the residual stream in LAC's dtype, [B, T]. `products`: in float32, [7, B, T], as `_inner_products` lists
+    them. `ends`: the stream at the tokens `last_BP`, float32, [B, P, H].
+    """
 
-    def clear(self) -> None:
-        self.norms.clear()
-        self.cosine_distances.clear()
-        self.relative_changes.clear()
+    norms: list[Tensor] = field(default_factory=list)
+    products: list[Tensor] = field(default_factory=list)
+    ends: list[Tensor] = field(default_factory=list)
+    embedding_length_BT: Tensor | None = None
+    last_BP: Tensor | None = None
+
+    def begin(self, last_BP: Tensor) -> None:
+        """Forget the pass before."""
+        self.norms, self.products, self.ends = [], [], []
+        self.last_BP = last_BP
+
+    def read_stream(self, states_BTH: Tensor, *, norm_dtype: torch.dtype) -> Tensor:
+        """Note what is taken of the stream at every point, and return its lengths in float32, [B, T]."""
+        assert self.last_BP is not None
+        lengths_BT: Tensor = torch.linalg.vector_norm(states_BTH, dim=-1, dtype=torch.float32)
+        own = norm_dtype is torch.float32
+        self.norms.append(lengths_BT if own else torch.linalg.vector_norm(states_BTH, dim=-1, dtype=norm_dtype))
+        rows_B1 = torch.arange(len(states_BTH), device=states_BTH.device).unsqueeze(-1)
+        self.ends.append(states_BTH[rows_B1, self.last_BP].float())
+        return lengths_BT
 
 
 @contextmanager
 def _traced(model: PreTrainedModel, *, norm_dtype: torch.dtype) -> Iterator[_Trace]:
-    """Read the residual stream around every decoder layer for the duration of the block."""
-    layers: Sequence[nn.Module] = operator.attrgetter(find_family(model.config.to_dict()).modules.layers)(model)
-    trace = _Trace([], [], [])
+    """Read the residual stream around every decoder layer, and its branches, for the duration of the block."""
+    modules = find_family(model.config.to_dict()).modules
+    layers: Sequence[nn.Module] = operator.attrgetter(modules.layers)(model)
+    trace = _Trace()
+    branches: dict[str, Tensor] = {}  # of the layer that is running
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note_branch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            branches[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def note_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output  # transformers 4 returns a tuple in places
         if not trace.norms:
-            trace.norms.append(torch.linalg.vector_norm(before, dim=-1, dtype=norm_dtype))
-        trace.norms.append(torch.linalg.vector_norm(after, dim=-1, dtype=norm_dtype))
-        before, after = before.float(), after.float()
-        trace.cosine_distances.append(1 - torch.cosine_similarity(before, after, dim=-1))
-        moved = torch.linalg.vector_norm(after - before, dim=-1)
-        trace.relative_changes.append(moved / torch.linalg.vector_norm(before, dim=-1).clamp(min=1e-12))
+            trace.embedding_length_BT = trace.read_stream(before, norm_dtype=norm_dtype)
+        lengths_BT = trace.read_stream(after, norm_dtype=norm_dtype)
+        multiplier = 1.0 if modules.residual_multiplier is None else getattr(layer, modules.residual_multiplier)
+        attention, mlp = branches.pop("attention"), branches.pop("mlp")
+        products = _inner_products(before.float(), after.float(), attention.float(), mlp.float(), float(multiplier))
+        trace.products.append(torch.stack([*products, lengths_BT]))
 
-    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    handles = []
+    for layer in layers:
+        handles.append(getattr(layer, modules.attention_branch).register_forward_hook(note_branch("attention")))
+        handles.append(getattr(layer, modules.mlp_branch).register_forward_hook(note_branch("mlp")))
+        handles.append(layer.register_forward_hook(note_layer, with_kwargs=True))
     try:
         yield trace
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _inner_products(
+    before_BTH: Tensor, after_BTH: Tensor, attention_BTH: Tensor, mlp_BTH: Tensor, multiplier: float
+) -> tuple[Tensor, ...]:
+    """With d = after - before, a and m what the sublayers add: <before, d>, |d|, <before, a>, |a|, <after, m>, |m|."""
+    change_BTH = after_BTH - before_BTH
+    return (
+        torch.linalg.vecdot(before_BTH, change_BTH),
+        torch.linalg.vector_norm(change_BTH, dim=-1),
+        multiplier * torch.linalg.vecdot(before_BTH, attention_BTH),
+        multiplier * torch.linalg.vector_norm(attention_BTH, dim=-1),
+        multiplier * torch.linalg.vecdot(after_BTH, mlp_BTH),
+        multiplier * torch.linalg.vector_norm(mlp_BTH, dim=-1),
+    )
+
+
+def _cosine_distance(length: Tensor, along: Tensor, change: Tensor) -> Tensor:
+    """1 - cos(x, x + d) from |x|, <x, d> and |d|.
+
+    Where the two nearly agree, 1 - cos would cancel; sin^2 = (|x|^2 |d|^2 - <x, d>^2) / (|x|^2 |x + d|^2) does not, and
+    1 - cos = sin^2 / (1 + cos).
+    """
+    tiny = torch.finfo(length.dtype).tiny
+    sum_squared = (length**2 + 2 * along + change**2).clamp(min=0)
+    scale_squared = (length**2 * sum_squared).clamp(min=tiny)
+    cosine = (length**2 + along) / scale_squared.sqrt()
+    sine_squared = (length**2 * change**2 - along**2).clamp(min=0) / scale_squared
+    return torch.where(cosine > 0, sine_squared / (1 + cosine.clamp(min=0)), 1 - cosine)
+
+
+def _sum_measures(trace: _Trace, counted_PBT: Tensor, *, alpha: float) -> Array:
+    """Sums over the counted tokens, [B, P, K * L + L * (L + 1) / 2]: MEASURES layer by layer, then the spans.
+
+    One transfer from the device. Multiples of GRID.
+    """
+    active_LBT = lac_activity(torch.stack(trace.norms), alpha)
+    products_L7BT = torch.stack(trace.products)
+    ends_BPLH = torch.stack(trace.ends, dim=2)
+    assert trace.embedding_length_BT is not None
+    if products_L7BT.device.type == "mps":  # which has no float64
+        active_LBT, products_L7BT, ends_BPLH = active_LBT.cpu(), products_L7BT.cpu(), ends_BPLH.cpu()
+    along, change, along_attention, attention, along_mlp, mlp, after = products_L7BT.double().unbind(1)
+    before = torch.cat([trace.embedding_length_BT.to(after).unsqueeze(0), after[:-1]])
+    measures_KLBT = torch.stack(
+        [
+            active_LBT.double(),
+            _cosine_distance(before, along, change),
+            change / before.clamp(min=1e-12),
+            _cosine_distance(before, along_attention, attention),
+            _cosine_distance(after, -along_mlp, mlp),
+        ]
+    )
+    counted_PBT = counted_PBT.to(after.device)
+    sums_PKLB = torch.stack([torch.where(counted_BT, measures_KLBT, 0.0).sum(-1) for counted_BT in counted_PBT])
+    spans_BPS = torch.where(counted_PBT.any(-1).mT.unsqueeze(-1), _angular_distances(ends_BPLH.double()), 0.0)
+    sums = torch.cat([sums_PKLB.permute(3, 0, 1, 2).flatten(2), spans_BPS], dim=-1).cpu().numpy()
+    if not np.isfinite(sums).all():
+        raise ModelError("the model's hidden states overflow", hint="profile with --dtype bf16 or fp32")
+    return np.asarray(np.round(sums / GRID) * GRID)
+
+
+def _angular_distances(states: Tensor) -> Tensor:
+    """arccos(cos) / pi of every pair of states [..., L + 1, H], as [..., L * (L + 1) / 2], in the order of `span_distance`."""
+    lengths = torch.linalg.vector_norm(states, dim=-1).clamp(min=1e-12)
+    unit = states / lengths.unsqueeze(-1)
+    start, end = torch.triu_indices(states.shape[-2], states.shape[-2], offset=1, device=states.device)
+    return torch.arccos((unit @ unit.mT)[..., start, end].clamp(-1, 1)) / torch.pi
 
 
 def generate_responses(
@@ -92,9 +207,11 @@ def generate_responses(
     max_new_tokens: int,
     end_tokens: Sequence[int],
     batch_size: int = 8,
+    journal: Journal | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Sample]:
-    """The samples with greedy responses of the model, each up to and including its end token."""
+    """The samples with greedy responses of the model, each up to and including its end token. `journal` remembers batches."""
+    journal = Journal() if journal is None else journal
     finished: dict[int, Sample] = {}
 
     def advance(input_ids_BT: Tensor, mask_BS: Tensor, cache: DynamicCache) -> Tensor:
@@ -110,9 +227,12 @@ def generate_responses(
             ).logits
         return logits_B1V
 
-    for batch in _batches(samples, batch_size):
+    for number, batch in enumerate(_batches([len(sample.prompt) for sample in samples], batch_size)):
         prompts = [samples[index].prompt for index in batch]
-        responses = generate_greedily(advance, prompts, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
+        responses = journal.get(f"generate {number}")
+        if responses is None:
+            responses = generate_greedily(advance, prompts, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
+            journal.record(f"generate {number}", responses)
         for index, response in zip(batch, responses, strict=True):
             finished[index] = replace(samples[index], response=tuple(response))
         if on_progress is not None:
@@ -129,46 +249,31 @@ def trace_model(
     max_new_tokens: int = 0,
     lac: LacSettings = LacSettings(),  # noqa: B008  a frozen value
     batch_size: int = 8,
+    journal: Journal | None = None,
     on_progress: OnProgress | None = None,
 ) -> Profile:
     """Measure every layer over samples that have responses; `checkpoint` is where `model` was loaded from.
 
     Prompt tokens count for prefill. Response tokens count for decode, except the last: it ends the response and is never fed
-    back. `responses` ("generate" or "dataset") and `max_new_tokens` are written into the profile.
+    back. `responses` ("generate" or "dataset") and `max_new_tokens` are written into the profile. Batches that `journal`
+    remembers are not run again. Raises ModelError where hidden states overflow.
     """
-    identity = checkpoint.identity
-    per_sample: dict[int, dict[Phase, LayerStatistics]] = {}
+    journal = Journal() if journal is None else journal
+    sums = _BlockSums(samples, num_layers=checkpoint.identity.num_layers)
     norm_dtype = torch.float32 if lac.arithmetic == "float32" else model.dtype
     with _traced(model, norm_dtype=norm_dtype) as trace:
-        for batch in _batches(samples, batch_size):
-            rows = [(*samples[index].prompt, *(samples[index].response or ())[:-1]) for index in batch]
-            width = max(map(len, rows))
-            trace.clear()
-            with torch.inference_mode():
-                model.base_model(  # no head: nothing here reads logits
-                    input_ids=torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device),
-                    attention_mask=torch.tensor(
-                        [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device
-                    ),
-                    use_cache=False,
-                )
-            active_LBT = lac_activity(torch.stack(trace.norms), lac.alpha)
-            measured = (active_LBT, torch.stack(trace.cosine_distances), torch.stack(trace.relative_changes))
-            for position, (index, row) in enumerate(zip(batch, rows, strict=True)):
-                boundary = len(samples[index].prompt)
-                per_sample[index] = {
-                    Phase.PREFILL: _sum_tokens(measured, position, slice(0, boundary)),
-                    Phase.DECODE: _sum_tokens(measured, position, slice(boundary, len(row))),
-                }
+        for number, batch in enumerate(_batches([sum(_num_tokens(sample)) for sample in samples], batch_size)):
+            recorded = journal.get(f"trace {number}")
+            if recorded is None:
+                found = _trace_batch(model, trace, [samples[index] for index in batch], alpha=lac.alpha)
+                journal.record(f"trace {number}", base64.b64encode(found.astype("<f8").tobytes()).decode())
+            else:
+                found = np.frombuffer(base64.b64decode(recorded), dtype="<f8").reshape(len(batch), len(Phase), -1)
+            sums.add(batch, found)
             if on_progress is not None:
-                on_progress(len(batch), sum(map(len, rows)))
-    groups: dict[str, dict[Phase, LayerStatistics]] = {}
-    for index, sample in enumerate(samples):
-        group = groups.setdefault(sample.group, {phase: empty_statistics(identity.num_layers) for phase in Phase})
-        for phase in Phase:
-            group[phase] += per_sample[index][phase]
+                on_progress(len(batch), sum(sum(_num_tokens(samples[index])) for index in batch))
     return Profile(
-        model=identity,
+        model=checkpoint.identity,
         sizes=measure_sizes(checkpoint),
         lac=lac,
         calibration=Calibration(
@@ -177,22 +282,84 @@ def trace_model(
             max_new_tokens=max_new_tokens,
             fingerprints=(fingerprint_samples(samples),),
         ),
-        groups=groups,
+        groups=sums.groups(),
     )
 
 
-def _sum_tokens(measured: tuple[Tensor, Tensor, Tensor], row: int, tokens: slice) -> LayerStatistics:
-    active, distances, changes = (values_LBT[:, row, tokens].double().sum(-1).tolist() for values_LBT in measured)
-    return LayerStatistics(
-        num_tokens=tokens.stop - tokens.start,
-        active=tuple(int(count) for count in active),
-        cosine_distance=tuple(distances),
-        relative_change=tuple(changes),
-    )
+def _trace_batch(model: PreTrainedModel, trace: _Trace, samples: Sequence[Sample], *, alpha: float) -> Array:
+    """One pass over whole sequences, as `_sum_measures` gives it."""
+    rows = [(*sample.prompt, *(sample.response or ())[:-1]) for sample in samples]
+    width = max(map(len, rows))
+    ends = torch.tensor([[len(sample.prompt), len(row)] for sample, row in zip(samples, rows, strict=True)])
+    prompt_end_B1, end_B1 = ends[:, :1], ends[:, 1:]
+    tokens_T = torch.arange(width)
+    trace.begin((ends - 1).to(model.device))
+    with torch.inference_mode():
+        model.base_model(  # no head: nothing here reads logits
+            input_ids=torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device),
+            attention_mask=(tokens_T < end_B1).long().to(model.device),
+            use_cache=False,
+        )
+        counted_PBT = torch.stack([tokens_T < prompt_end_B1, (tokens_T >= prompt_end_B1) & (tokens_T < end_B1)])
+        return _sum_measures(trace, counted_PBT, alpha=alpha)
 
 
-def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
+def _num_tokens(sample: Sample) -> tuple[int, int]:
+    """How many tokens of prefill and of decode are traced."""
+    return len(sample.prompt), max(0, len(sample.response or ()) - 1)
+
+
+class _BlockSums:
+    """Adds up samples in the blocks of their groups, in any order."""
+
+    def __init__(self, samples: Sequence[Sample], *, num_layers: int) -> None:
+        self.num_layers = num_layers
+        members: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            members.setdefault(sample.group, []).append(index)
+        self._num_tokens = [_num_tokens(sample) for sample in samples]
+        self._blocks = {
+            group: [indices[first::NUM_BLOCKS] for first in range(NUM_BLOCKS)] for group, indices in members.items()
+        }
+        self._cells = {
+            index: (group, block)
+            for group, blocks in self._blocks.items()
+            for block, indices in enumerate(blocks)
+            for index in indices
+        }
+        width = len(MEASURES) * num_layers + num_layers * (num_layers + 1) // 2
+        self._sums = {group: np.zeros((NUM_BLOCKS, len(Phase), width)) for group in members}
+
+    def add(self, indices: Sequence[int], sums_BPS: Array) -> None:
+        for index, sums_PS in zip(indices, sums_BPS, strict=True):
+            group, block = self._cells[index]
+            self._sums[group][block] += sums_PS
+
+    def groups(self) -> Mapping[str, Mapping[Phase, Blocks]]:
+        return {
+            group: {
+                phase: tuple(self._block(group, block, number) for block in range(NUM_BLOCKS))
+                for number, phase in enumerate(Phase)
+            }
+            for group in self._sums
+        }
+
+    def _block(self, group: str, block: int, phase: int) -> LayerStatistics:
+        counts = [self._num_tokens[index][phase] for index in self._blocks[group][block]]
+        sums_S = self._sums[group][block, phase]
+        layers_S, spans = sums_S[: len(MEASURES) * self.num_layers], sums_S[len(MEASURES) * self.num_layers :]
+        sums = dict(zip(MEASURES, layers_S.reshape(len(MEASURES), -1).tolist(), strict=True))
+        return LayerStatistics(
+            num_tokens=sum(counts),
+            active=tuple(map(int, sums.pop("active"))),
+            **{name: tuple(values) for name, values in sums.items()},
+            num_spans=sum(count > 0 for count in counts),
+            span_distance=tuple(spans.tolist()),
+        )
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Indices of samples of similar length together, so that little is padded."""
-    order = sorted(range(len(samples)), key=lambda index: (len(samples[index].prompt), index))
+    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

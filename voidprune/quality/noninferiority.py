@@ -59,7 +59,11 @@ class Comparison:
 
 
 def perplexity_loss(
-    whole_nll: np.ndarray[Any, Any], pruned_nll: np.ndarray[Any, Any], num_tokens: np.ndarray[Any, Any], *, seed: int = 0
+    whole_nll: np.ndarray[Any, Any],
+    pruned_nll: np.ndarray[Any, Any],
+    num_tokens: np.ndarray[Any, Any],
+    *,
+    seed: int = 0,
 ) -> Loss:
     """Relative increase of perplexity; paired bootstrap over samples. `*_nll` [N] in nats, summed over `num_tokens` [N]."""
     difference = pruned_nll - whole_nll
