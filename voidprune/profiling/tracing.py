@@ -69,29 +69,32 @@ def lac_activity(norms: Tensor, alpha: float) -> Tensor:
 class _Trace:
     """What the hooks saw in one pass, one entry a layer; `norms` and `ends` have one more in front, for the embedding.
 
-    `norms`: |x| of the residual stream in LAC's dtype, [B, T]. `products`: in float32, [7, B, T], as `_inner_products` lists
-    them. `ends`: the stream at the tokens `last_BP`, float32, [B, P, H].
+    `norms`: |x| of the residual stream in LAC's dtype, [B, T]. `lengths`: in float32, [5, B, T], with x and y the stream before
+    and after the layer, a and m what its sublayers add: |y - x|, |a|, |x + a|, |m|, |y|. `ends`: the stream at `last`, float32,
+    [B, P, H]; `last` numbers tokens of the flattened batch.
     """
 
+    num_layers: int
     norms: list[Tensor] = field(default_factory=list)
-    products: list[Tensor] = field(default_factory=list)
+    lengths: list[Tensor] = field(default_factory=list)
     ends: list[Tensor] = field(default_factory=list)
     embedding_length_BT: Tensor | None = None
-    last_BP: Tensor | None = None
+    last: Tensor | None = None
 
-    def begin(self, last_BP: Tensor) -> None:
+    def begin(self, batch: PaddedBatch, device: torch.device) -> None:
         """Forget the pass before."""
-        self.norms, self.products, self.ends = [], [], []
-        self.last_BP = last_BP
+        self.norms, self.lengths, self.ends = [], [], []
+        num_rows, width = batch.input_ids_BT.shape
+        self.last = (torch.arange(num_rows).unsqueeze(-1) * width + batch.last_BP).flatten().to(device)
 
     def read_stream(self, states_BTH: Tensor, *, norm_dtype: torch.dtype) -> Tensor:
         """Note what is taken of the stream at every point, and return its lengths in float32, [B, T]."""
-        assert self.last_BP is not None
+        assert self.last is not None
         lengths_BT: Tensor = torch.linalg.vector_norm(states_BTH, dim=-1, dtype=torch.float32)
         own = norm_dtype is torch.float32
         self.norms.append(lengths_BT if own else torch.linalg.vector_norm(states_BTH, dim=-1, dtype=norm_dtype))
-        rows_B1 = torch.arange(len(states_BTH), device=states_BTH.device).unsqueeze(-1)
-        self.ends.append(states_BTH[rows_B1, self.last_BP].float())
+        ends = states_BTH.flatten(0, 1).index_select(0, self.last)
+        self.ends.append(ends.float().view(len(states_BTH), len(Phase), -1))
         return lengths_BT
 
 
@@ -99,8 +102,8 @@ class _Trace:
 def _traced(model: PreTrainedModel, *, norm_dtype: torch.dtype) -> Iterator[_Trace]:
     """Read the residual stream around every decoder layer, and its branches, for the duration of the block."""
     modules = find_family(model.config.to_dict()).modules
-    layers: Sequence[nn.Module] = operator.attrgetter(modules.layers)(model)
-    trace = _Trace()
+    layers: nn.ModuleList = operator.attrgetter(modules.layers)(model)
+    trace = _Trace(num_layers=len(layers))
     branches: dict[str, Tensor] = {}  # of the layer that is running
 
     def note_branch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -115,10 +118,20 @@ def _traced(model: PreTrainedModel, *, norm_dtype: torch.dtype) -> Iterator[_Tra
         if not trace.norms:
             trace.embedding_length_BT = trace.read_stream(before, norm_dtype=norm_dtype)
         lengths_BT = trace.read_stream(after, norm_dtype=norm_dtype)
-        multiplier = 1.0 if modules.residual_multiplier is None else getattr(layer, modules.residual_multiplier)
+        multiplier = 1.0 if modules.residual_multiplier is None else float(getattr(layer, modules.residual_multiplier))
         attention, mlp = branches.pop("attention"), branches.pop("mlp")
-        products = _inner_products(before.float(), after.float(), attention.float(), mlp.float(), float(multiplier))
-        trace.products.append(torch.stack([*products, lengths_BT]))
+        before, after = before.float(), after.float()
+        trace.lengths.append(
+            torch.stack(
+                [
+                    torch.linalg.vector_norm(after - before, dim=-1),
+                    torch.linalg.vector_norm(attention, dim=-1, dtype=torch.float32) * multiplier,
+                    torch.linalg.vector_norm(torch.add(before, attention, alpha=multiplier), dim=-1),
+                    torch.linalg.vector_norm(mlp, dim=-1, dtype=torch.float32) * multiplier,
+                    lengths_BT,
+                ]
+            )
+        )
 
     handles = []
     for layer in layers:
@@ -132,33 +145,14 @@ def _traced(model: PreTrainedModel, *, norm_dtype: torch.dtype) -> Iterator[_Tra
             handle.remove()
 
 
-def _inner_products(
-    before_BTH: Tensor, after_BTH: Tensor, attention_BTH: Tensor, mlp_BTH: Tensor, multiplier: float
-) -> tuple[Tensor, ...]:
-    """With d = after - before, a and m what the sublayers add: <before, d>, |d|, <before, a>, |a|, <after, m>, |m|."""
-    change_BTH = after_BTH - before_BTH
-    return (
-        torch.linalg.vecdot(before_BTH, change_BTH),
-        torch.linalg.vector_norm(change_BTH, dim=-1),
-        multiplier * torch.linalg.vecdot(before_BTH, attention_BTH),
-        multiplier * torch.linalg.vector_norm(attention_BTH, dim=-1),
-        multiplier * torch.linalg.vecdot(after_BTH, mlp_BTH),
-        multiplier * torch.linalg.vector_norm(mlp_BTH, dim=-1),
-    )
+def _cosine_distance(one: Tensor, other: Tensor, between: Tensor) -> Tensor:
+    """1 - cos of the angle between two vectors, from their lengths and the length of their difference.
 
-
-def _cosine_distance(length: Tensor, along: Tensor, change: Tensor) -> Tensor:
-    """1 - cos(x, x + d) from |x|, <x, d> and |d|.
-
-    Where the two nearly agree, 1 - cos would cancel; sin^2 = (|x|^2 |d|^2 - <x, d>^2) / (|x|^2 |x + d|^2) does not, and
-    1 - cos = sin^2 / (1 + cos).
+    The law of cosines, between^2 = one^2 + other^2 - 2 one other cos, solved for 1 - cos so that nothing large cancels where the
+    vectors nearly agree.
     """
-    tiny = torch.finfo(length.dtype).tiny
-    sum_squared = (length**2 + 2 * along + change**2).clamp(min=0)
-    scale_squared = (length**2 * sum_squared).clamp(min=tiny)
-    cosine = (length**2 + along) / scale_squared.sqrt()
-    sine_squared = (length**2 * change**2 - along**2).clamp(min=0) / scale_squared
-    return torch.where(cosine > 0, sine_squared / (1 + cosine.clamp(min=0)), 1 - cosine)
+    distance = (between**2 - (one - other) ** 2) / (2 * one * other).clamp(min=torch.finfo(one.dtype).tiny)
+    return distance.clamp(0, 2)
 
 
 def _sum_measures(trace: _Trace, counted_PBT: Tensor, *, alpha: float) -> Array:
@@ -167,20 +161,20 @@ def _sum_measures(trace: _Trace, counted_PBT: Tensor, *, alpha: float) -> Array:
     One transfer from the device. Multiples of GRID.
     """
     active_LBT = lac_activity(torch.stack(trace.norms), alpha)
-    products_L7BT = torch.stack(trace.products)
+    lengths_L5BT = torch.stack(trace.lengths)
     ends_BPLH = torch.stack(trace.ends, dim=2)
     assert trace.embedding_length_BT is not None
-    if products_L7BT.device.type == "mps":  # which has no float64
-        active_LBT, products_L7BT, ends_BPLH = active_LBT.cpu(), products_L7BT.cpu(), ends_BPLH.cpu()
-    along, change, along_attention, attention, along_mlp, mlp, after = products_L7BT.double().unbind(1)
+    if lengths_L5BT.device.type == "mps":  # which has no float64
+        active_LBT, lengths_L5BT, ends_BPLH = active_LBT.cpu(), lengths_L5BT.cpu(), ends_BPLH.cpu()
+    change, attention, between, mlp, after = lengths_L5BT.double().unbind(1)
     before = torch.cat([trace.embedding_length_BT.to(after).unsqueeze(0), after[:-1]])
     measures_KLBT = torch.stack(
         [
             active_LBT.double(),
-            _cosine_distance(before, along, change),
+            _cosine_distance(before, after, change),
             change / before.clamp(min=1e-12),
-            _cosine_distance(before, along_attention, attention),
-            _cosine_distance(after, -along_mlp, mlp),
+            _cosine_distance(before, between, attention),
+            _cosine_distance(between, after, mlp),
         ]
     )
     counted_PBT = counted_PBT.to(after.device)
@@ -227,7 +221,7 @@ def generate_responses(
             ).logits
         return logits_B1V
 
-    for number, batch in enumerate(_batches([len(sample.prompt) for sample in samples], batch_size)):
+    for number, batch in enumerate(batch_by_length([len(sample.prompt) for sample in samples], batch_size)):
         prompts = [samples[index].prompt for index in batch]
         responses = journal.get(f"generate {number}")
         if responses is None:
@@ -258,20 +252,6 @@ def trace_model(
     back. `responses` ("generate" or "dataset") and `max_new_tokens` are written into the profile. Batches that `journal`
     remembers are not run again. Raises ModelError where hidden states overflow.
     """
-    journal = Journal() if journal is None else journal
-    sums = _BlockSums(samples, num_layers=checkpoint.identity.num_layers)
-    norm_dtype = torch.float32 if lac.arithmetic == "float32" else model.dtype
-    with _traced(model, norm_dtype=norm_dtype) as trace:
-        for number, batch in enumerate(_batches([sum(_num_tokens(sample)) for sample in samples], batch_size)):
-            recorded = journal.get(f"trace {number}")
-            if recorded is None:
-                found = _trace_batch(model, trace, [samples[index] for index in batch], alpha=lac.alpha)
-                journal.record(f"trace {number}", base64.b64encode(found.astype("<f8").tobytes()).decode())
-            else:
-                found = np.frombuffer(base64.b64decode(recorded), dtype="<f8").reshape(len(batch), len(Phase), -1)
-            sums.add(batch, found)
-            if on_progress is not None:
-                on_progress(len(batch), sum(sum(_num_tokens(samples[index])) for index in batch))
     return Profile(
         model=checkpoint.identity,
         sizes=measure_sizes(checkpoint),
@@ -282,26 +262,73 @@ def trace_model(
             max_new_tokens=max_new_tokens,
             fingerprints=(fingerprint_samples(samples),),
         ),
-        groups=sums.groups(),
+        groups=trace_layers(model, samples, lac=lac, batch_size=batch_size, journal=journal, on_progress=on_progress),
     )
 
 
-def _trace_batch(model: PreTrainedModel, trace: _Trace, samples: Sequence[Sample], *, alpha: float) -> Array:
-    """One pass over whole sequences, as `_sum_measures` gives it."""
+def trace_layers(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    *,
+    lac: LacSettings,
+    batch_size: int,
+    journal: Journal | None = None,
+    on_progress: OnProgress | None = None,
+) -> Mapping[str, Mapping[Phase, Blocks]]:
+    """The statistics of `trace_model`, by group, phase and block."""
+    journal = Journal() if journal is None else journal
+    norm_dtype = torch.float32 if lac.arithmetic == "float32" else model.dtype
+    with _traced(model, norm_dtype=norm_dtype) as trace:
+        sums = _BlockSums(samples, num_layers=trace.num_layers)
+        for number, indices in enumerate(batch_by_length([sum(_num_tokens(sample)) for sample in samples], batch_size)):
+            recorded = journal.get(f"trace {number}")
+            if recorded is None:
+                batch = pad_sequences([samples[index] for index in indices])
+                trace.begin(batch, model.device)
+                with torch.inference_mode():
+                    run_layers(model, batch)
+                    found = _sum_measures(trace, batch.counted_PBT, alpha=lac.alpha)
+                journal.record(f"trace {number}", base64.b64encode(found.astype("<f8").tobytes()).decode())
+            else:
+                found = np.frombuffer(base64.b64decode(recorded), dtype="<f8").reshape(len(indices), len(Phase), -1)
+            sums.add(indices, found)
+            if on_progress is not None:
+                on_progress(len(indices), sum(sum(_num_tokens(samples[index])) for index in indices))
+    return sums.groups()
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Whole sequences, padded on the right. `counted_PBT`: the tokens of each phase; `last_BP`: the last of these."""
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    counted_PBT: Tensor
+    last_BP: Tensor
+
+
+def pad_sequences(samples: Sequence[Sample]) -> PaddedBatch:
+    """Prompts with their responses, but for the last token of these, which is never fed."""
     rows = [(*sample.prompt, *(sample.response or ())[:-1]) for sample in samples]
     width = max(map(len, rows))
-    ends = torch.tensor([[len(sample.prompt), len(row)] for sample, row in zip(samples, rows, strict=True)])
-    prompt_end_B1, end_B1 = ends[:, :1], ends[:, 1:]
+    ends_BP = torch.tensor([[len(sample.prompt), len(row)] for sample, row in zip(samples, rows, strict=True)])
     tokens_T = torch.arange(width)
-    trace.begin((ends - 1).to(model.device))
-    with torch.inference_mode():
-        model.base_model(  # no head: nothing here reads logits
-            input_ids=torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device),
-            attention_mask=(tokens_T < end_B1).long().to(model.device),
-            use_cache=False,
-        )
-        counted_PBT = torch.stack([tokens_T < prompt_end_B1, (tokens_T >= prompt_end_B1) & (tokens_T < end_B1)])
-        return _sum_measures(trace, counted_PBT, alpha=alpha)
+    in_prompt_BT, in_row_BT = tokens_T < ends_BP[:, :1], tokens_T < ends_BP[:, 1:]
+    return PaddedBatch(
+        input_ids_BT=torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]),
+        attention_mask_BT=in_row_BT.long(),
+        counted_PBT=torch.stack([in_prompt_BT, in_row_BT & ~in_prompt_BT]),
+        last_BP=ends_BP - 1,
+    )
+
+
+def run_layers(model: PreTrainedModel, batch: PaddedBatch) -> None:
+    """One pass through all layers; no head, because nothing here reads logits."""
+    model.base_model(
+        input_ids=batch.input_ids_BT.to(model.device),
+        attention_mask=batch.attention_mask_BT.to(model.device),
+        use_cache=False,
+    )
 
 
 def _num_tokens(sample: Sample) -> tuple[int, int]:
@@ -358,7 +385,7 @@ class _BlockSums:
         )
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def batch_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Indices of samples of similar length together, so that little is padded."""
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     for start in range(0, len(order), batch_size):

@@ -1,0 +1,107 @@
+"""What tracing costs: the same forward passes with and without it, in turns, in one run.
+
+    python benchmarks/profiling.py [--rounds 9] [--threads 1] [--model demo --model qwen2.5-0.5b]
+
+Prints tokens per second of both, the median over rounds, and the cost: the median over rounds of the ratio of the two times that
+follow each other, less one. The traced passes include everything that `voidprune profile` does with a batch, the journal on disk
+among it. "qwen2.5-0.5b" has that model's shape with random weights; no head runs in either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from voidprune.journal import Journal
+from voidprune.models.pretrained import load_model
+from voidprune.pipeline.models import demo_folder
+from voidprune.profiling.calibration import Sample
+from voidprune.profiling.profile import LacSettings
+from voidprune.profiling.tracing import batch_by_length, pad_sequences, run_layers, trace_layers
+
+# name: samples of a round, tokens of a prompt, tokens of a response
+SHAPES = {"demo": (64, 64, 64), "qwen2.5-0.5b": (8, 64, 33)}
+
+
+def make_model(name: str) -> PreTrainedModel:
+    if name == "demo":
+        return load_model(demo_folder())
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2",
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def make_samples(name: str) -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    count, *lengths = SHAPES[name]
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, 500, (length,), generator=generator).tolist())
+
+    return [Sample(draw(lengths[0]), draw(lengths[1]), None, "default", str(number)) for number in range(count)]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--model", action="append", choices=list(SHAPES))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.model or SHAPES:
+        model, samples = make_model(name), make_samples(name)
+        lengths = [len(sample.prompt) + len((sample.response or ())[1:]) for sample in samples]
+
+        def plain(
+            model: PreTrainedModel = model, samples: list[Sample] = samples, lengths: list[int] = lengths
+        ) -> None:
+            for indices in batch_by_length(lengths, arguments.batch_size):
+                with torch.inference_mode():
+                    run_layers(model, pad_sequences([samples[index] for index in indices]))
+
+        def traced(model: PreTrainedModel = model, samples: list[Sample] = samples) -> None:
+            with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "profile.json", key={}) as journal:
+                trace_layers(model, samples, lac=LacSettings(), batch_size=arguments.batch_size, journal=journal)
+
+        plain(), traced()  # warm
+        times: list[tuple[float, float]] = []
+        for number in range(arguments.rounds):
+            if number % 2:
+                with_it = seconds(traced)
+                times.append((seconds(plain), with_it))
+            else:
+                times.append((seconds(plain), seconds(traced)))
+        rates = [sum(lengths) / statistics.median(column) for column in zip(*times, strict=True)]
+        ratios = sorted(with_it / without for without, with_it in times)
+        print(
+            f"{name}: {sum(lengths)} tokens, batch {arguments.batch_size}, {arguments.threads} threads, "
+            f"{arguments.rounds} rounds: {rates[0]:,.0f} tokens/s without, {rates[1]:,.0f} with tracing; "
+            f"cost {statistics.median(ratios) - 1:+.1%} "
+            f"(middle half {ratios[len(ratios) // 4] - 1:+.1%} to {ratios[-1 - len(ratios) // 4] - 1:+.1%})"
+        )
+
+
+if __name__ == "__main__":
+    main()
