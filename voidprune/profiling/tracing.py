@@ -18,7 +18,7 @@ import base64
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,37 +65,64 @@ def lac_activity(norms: Tensor, alpha: float) -> Tensor:
     return changes >= thresholds
 
 
-@dataclass
-class _Trace:
-    """What the hooks saw in one pass, one entry a layer; `norms` and `ends` have one more in front, for the embedding.
+# What of a layer is measured, with x and y the stream before and after it, a and m what its sublayers add. LENGTHS in order.
+CHANGE, ATTENTION, BETWEEN, MLP, AFTER = range(5)  # |y - x|, |a|, |x + a|, |m|, |y|
 
-    `norms`: |x| of the residual stream in LAC's dtype, [B, T]. `lengths`: in float32, [5, B, T], with x and y the stream before
-    and after the layer, a and m what its sublayers add: |y - x|, |a|, |x + a|, |m|, |y|. `ends`: the stream at `last`, float32,
-    [B, P, H]; `last` numbers tokens of the flattened batch.
+
+class _Trace:
+    """What the hooks write in one pass, into memory that is made before it: allocating between layers costs more than measuring.
+
+    `norms_LBT`: |x| of the residual stream in LAC's dtype, L + 1 of them, the embedding first. `lengths_LFBT`: the five lengths of
+    each layer in float32. `ends_LBPH`: the stream at the last token of each phase in float32, again L + 1.
     """
 
-    num_layers: int
-    norms: list[Tensor] = field(default_factory=list)
-    lengths: list[Tensor] = field(default_factory=list)
-    ends: list[Tensor] = field(default_factory=list)
-    embedding_length_BT: Tensor | None = None
-    last: Tensor | None = None
+    def __init__(self, *, num_layers: int, norm_dtype: torch.dtype) -> None:
+        self.num_layers = num_layers
+        self.norm_dtype = norm_dtype
+        self.multipliers = [1.0] * num_layers
+        self._scratch = torch.empty(0)
 
-    def begin(self, batch: PaddedBatch, device: torch.device) -> None:
-        """Forget the pass before."""
-        self.norms, self.lengths, self.ends = [], [], []
-        num_rows, width = batch.input_ids_BT.shape
-        self.last = (torch.arange(num_rows).unsqueeze(-1) * width + batch.last_BP).flatten().to(device)
+    def begin(self, batch: PaddedBatch, *, hidden_size: int, device: torch.device) -> None:
+        """Make room for a pass over `batch`."""
+        (rows, width), states = batch.input_ids_BT.shape, self.num_layers + 1
+        self.last = (torch.arange(rows).unsqueeze(-1) * width + batch.last_BP).flatten().to(device)
+        self.ends_LBPH = torch.empty(states, rows, len(Phase), hidden_size, device=device)
+        self.lengths_LFBT = torch.empty(self.num_layers, 5, rows, width, device=device)
+        self.embedding_length_BT = torch.empty(rows, width, device=device)
+        self.norms_LBT = torch.empty(states, rows, width, device=device, dtype=self.norm_dtype)
+        if self._scratch.shape != (rows, width, hidden_size):
+            self._scratch = torch.empty(rows, width, hidden_size, device=device)
 
-    def read_stream(self, states_BTH: Tensor, *, norm_dtype: torch.dtype) -> Tensor:
-        """Note what is taken of the stream at every point, and return its lengths in float32, [B, T]."""
-        assert self.last is not None
-        lengths_BT: Tensor = torch.linalg.vector_norm(states_BTH, dim=-1, dtype=torch.float32)
-        own = norm_dtype is torch.float32
-        self.norms.append(lengths_BT if own else torch.linalg.vector_norm(states_BTH, dim=-1, dtype=norm_dtype))
-        ends = states_BTH.flatten(0, 1).index_select(0, self.last)
-        self.ends.append(ends.float().view(len(states_BTH), len(Phase), -1))
-        return lengths_BT
+    def read_stream(self, point: int, states_BTH: Tensor) -> None:
+        """The stream before layer `point`; point L is after the last."""
+        length_BT = self.lengths_LFBT[point - 1, AFTER] if point else self.embedding_length_BT
+        _measure_length(states_BTH, out=length_BT)
+        if self.norm_dtype is torch.float32:
+            self.norms_LBT[point] = length_BT
+        else:
+            self.norms_LBT[point] = torch.linalg.vector_norm(states_BTH, dim=-1, dtype=self.norm_dtype)
+        self.ends_LBPH[point] = states_BTH.flatten(0, 1).index_select(0, self.last).view_as(self.ends_LBPH[point])
+
+    def read_attention(self, layer: int, before_BTH: Tensor, branch_BTH: Tensor) -> None:
+        _measure_length(branch_BTH, out=self.lengths_LFBT[layer, ATTENTION])
+        between_BTH = self._add(before_BTH, branch_BTH, factor=self.multipliers[layer])
+        _measure_length(between_BTH, out=self.lengths_LFBT[layer, BETWEEN])
+
+    def read_mlp(self, layer: int, branch_BTH: Tensor) -> None:
+        _measure_length(branch_BTH, out=self.lengths_LFBT[layer, MLP])
+
+    def read_change(self, layer: int, before_BTH: Tensor, after_BTH: Tensor) -> None:
+        _measure_length(self._add(after_BTH, before_BTH, factor=-1.0), out=self.lengths_LFBT[layer, CHANGE])
+
+    def _add(self, one_BTH: Tensor, other_BTH: Tensor, *, factor: float) -> Tensor:
+        """one + factor * other in float32."""
+        if one_BTH.dtype is torch.float32:
+            return torch.add(one_BTH, other_BTH, alpha=factor, out=self._scratch)
+        return self._scratch.copy_(one_BTH).add_(other_BTH, alpha=factor)
+
+
+def _measure_length(vectors_BTH: Tensor, *, out: Tensor) -> None:
+    torch.linalg.vector_norm(vectors_BTH, dim=-1, dtype=torch.float32, out=out)
 
 
 @contextmanager
@@ -103,46 +130,50 @@ def _traced(model: PreTrainedModel, *, norm_dtype: torch.dtype) -> Iterator[_Tra
     """Read the residual stream around every decoder layer, and its branches, for the duration of the block."""
     modules = find_family(model.config.to_dict()).modules
     layers: nn.ModuleList = operator.attrgetter(modules.layers)(model)
-    trace = _Trace(num_layers=len(layers))
-    branches: dict[str, Tensor] = {}  # of the layer that is running
+    trace = _Trace(num_layers=len(layers), norm_dtype=norm_dtype)
+    before: list[Tensor] = []  # what the layer that is running was given
 
-    def note_branch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            branches[name] = output[0] if isinstance(output, tuple) else output
+    def enter(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before[:] = [args[0] if args else kwargs["hidden_states"]]
+            if not layer:
+                trace.read_stream(0, before[0])
 
         return hook
 
-    def note_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output  # transformers 4 returns a tuple in places
-        if not trace.norms:
-            trace.embedding_length_BT = trace.read_stream(before, norm_dtype=norm_dtype)
-        lengths_BT = trace.read_stream(after, norm_dtype=norm_dtype)
-        multiplier = 1.0 if modules.residual_multiplier is None else float(getattr(layer, modules.residual_multiplier))
-        attention, mlp = branches.pop("attention"), branches.pop("mlp")
-        before, after = before.float(), after.float()
-        trace.lengths.append(
-            torch.stack(
-                [
-                    torch.linalg.vector_norm(after - before, dim=-1),
-                    torch.linalg.vector_norm(attention, dim=-1, dtype=torch.float32) * multiplier,
-                    torch.linalg.vector_norm(torch.add(before, attention, alpha=multiplier), dim=-1),
-                    torch.linalg.vector_norm(mlp, dim=-1, dtype=torch.float32) * multiplier,
-                    lengths_BT,
-                ]
-            )
-        )
+    def leave_attention(layer: int) -> Callable[..., None]:
+        return lambda _module, _args, output: trace.read_attention(layer, before[0], _first(output))
+
+    def leave_mlp(layer: int) -> Callable[..., None]:
+        return lambda _module, _args, output: trace.read_mlp(layer, _first(output))
+
+    def leave(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            after = _first(output)  # transformers 4 returns a tuple in places
+            trace.read_stream(layer + 1, after)
+            trace.read_change(layer, before.pop(), after)
+
+        return hook
 
     handles = []
-    for layer in layers:
-        handles.append(getattr(layer, modules.attention_branch).register_forward_hook(note_branch("attention")))
-        handles.append(getattr(layer, modules.mlp_branch).register_forward_hook(note_branch("mlp")))
-        handles.append(layer.register_forward_hook(note_layer, with_kwargs=True))
+    for number, layer in enumerate(layers):
+        if modules.residual_multiplier is not None:
+            trace.multipliers[number] = float(getattr(layer, modules.residual_multiplier))
+        attention, mlp = getattr(layer, modules.attention_branch), getattr(layer, modules.mlp_branch)
+        handles.append(layer.register_forward_pre_hook(enter(number), with_kwargs=True))
+        handles.append(attention.register_forward_hook(leave_attention(number)))
+        handles.append(mlp.register_forward_hook(leave_mlp(number)))
+        handles.append(layer.register_forward_hook(leave(number)))
     try:
         yield trace
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def _cosine_distance(one: Tensor, other: Tensor, between: Tensor) -> Tensor:
@@ -160,21 +191,22 @@ def _sum_measures(trace: _Trace, counted_PBT: Tensor, *, alpha: float) -> Array:
 
     One transfer from the device. Multiples of GRID.
     """
-    active_LBT = lac_activity(torch.stack(trace.norms), alpha)
-    lengths_L5BT = torch.stack(trace.lengths)
-    ends_BPLH = torch.stack(trace.ends, dim=2)
-    assert trace.embedding_length_BT is not None
-    if lengths_L5BT.device.type == "mps":  # which has no float64
-        active_LBT, lengths_L5BT, ends_BPLH = active_LBT.cpu(), lengths_L5BT.cpu(), ends_BPLH.cpu()
-    change, attention, between, mlp, after = lengths_L5BT.double().unbind(1)
-    before = torch.cat([trace.embedding_length_BT.to(after).unsqueeze(0), after[:-1]])
+    active_LBT = lac_activity(trace.norms_LBT, alpha)
+    lengths_LFBT, ends_BPLH = trace.lengths_LFBT, trace.ends_LBPH.permute(1, 2, 0, 3)
+    embedding_length_BT = trace.embedding_length_BT
+    if lengths_LFBT.device.type == "mps":  # which has no float64
+        active_LBT, lengths_LFBT, ends_BPLH = active_LBT.cpu(), lengths_LFBT.cpu(), ends_BPLH.cpu()
+        embedding_length_BT = embedding_length_BT.cpu()
+    change, attention, between, mlp, after = lengths_LFBT.double().unbind(1)
+    multiplier_L11 = after.new_tensor(trace.multipliers).view(-1, 1, 1)
+    before = torch.cat([embedding_length_BT.double().unsqueeze(0), after[:-1]])
     measures_KLBT = torch.stack(
         [
             active_LBT.double(),
             _cosine_distance(before, after, change),
             change / before.clamp(min=1e-12),
-            _cosine_distance(before, between, attention),
-            _cosine_distance(between, after, mlp),
+            _cosine_distance(before, between, multiplier_L11 * attention),
+            _cosine_distance(between, after, multiplier_L11 * mlp),
         ]
     )
     counted_PBT = counted_PBT.to(after.device)
@@ -284,7 +316,7 @@ def trace_layers(
             recorded = journal.get(f"trace {number}")
             if recorded is None:
                 batch = pad_sequences([samples[index] for index in indices])
-                trace.begin(batch, model.device)
+                trace.begin(batch, hidden_size=model.config.hidden_size, device=model.device)
                 with torch.inference_mode():
                     run_layers(model, batch)
                     found = _sum_measures(trace, batch.counted_PBT, alpha=lac.alpha)
