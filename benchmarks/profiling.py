@@ -3,8 +3,9 @@
     python benchmarks/profiling.py [--rounds 9] [--threads 1] [--model demo --model qwen2.5-0.5b]
 
 Prints tokens per second of both, the median over rounds, and the cost: the median over rounds of the ratio of the two times that
-follow each other, less one, by the clock and in processor time (which a busy machine disturbs less). The traced passes include everything that `voidprune profile` does with a batch, the journal on disk
-among it. "qwen2.5-0.5b" has that model's shape with random weights; no head runs in either.
+follow each other, less one, by the clock and in processor time (which a busy machine disturbs less). The traced passes include
+everything that `voidprune profile` does with a batch, the journal on disk among it. "qwen2.5-0.5b" has that model's shape with
+random weights; no head runs in either.
 """
 
 from __future__ import annotations

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.profiling.test_profile import make_profile
 from voidprune import artifacts
 from voidprune.errors import ArtifactError
+from voidprune.planning.criteria import CRITERIA
+from voidprune.planning.intervals import schedule_cuts
 from voidprune.planning.planner import plan_schedule
-from voidprune.profiling.profile import write_profile
-from voidprune.report import collect_findings, render_report
+from voidprune.profiling.profile import read_profile, write_profile
+from voidprune.report import collect_findings, describe, render_report
 from voidprune.schedule import Phase, write_schedule
+from voidprune.tables import cuts_table
 
 VOID_ELEMENTS = {"meta", "rect", "br"}
 
@@ -82,6 +87,25 @@ def test_the_heat_map_has_a_cell_for_every_layer_phase_and_measure(folder: Path)
     page = render_report(folder)
     assert page.count('class="heat"') == 2 * 2 * 5
     assert page.count('class="cached"') == 1
+
+
+@pytest.mark.parametrize("name", sorted(name for name in CRITERIA if CRITERIA[name].needs_profile))
+def test_profile_and_cuts_fit_the_terminal(folder: Path, name: str) -> None:
+    """With intervals where there are two blocks (prefill) and without (decode)."""
+    document, shown = describe(folder / "profile.json")
+    assert document["schema"] == "voidprune.profile/2"
+    profile = read_profile(folder / "profile.json")
+    schedule = plan_schedule(profile.model, profile, criterion=name, keep=dict.fromkeys(Phase, 0.5))
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in (*shown, cuts_table(schedule_cuts(profile, schedule))):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    assert re.search(r"│ 0 │ ██████ 100\.0%± 0\.0 │ 0\.050±\.\d{3} │", text)
+    assert re.search(r"│ 0 │ ███ +50\.0% +│ 0\.250 +│", text)
+    assert "no intervals: fewer than two blocks of samples" in " ".join(text.split())
+    assert "unknown: too few samples" in text
+    assert re.search(r"\d+%: (a fact|likely|a coin toss)", text)
 
 
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:

@@ -32,15 +32,13 @@ from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.families import find_family
 from voidprune.models.pretrained import generate_greedily
 from voidprune.models.sizes import measure_sizes
+from voidprune.profiling.blocks import BlockSums, num_traced
 from voidprune.profiling.calibration import Sample, fingerprint_samples
 from voidprune.profiling.profile import (
     GRID,
-    MEASURES,
-    NUM_BLOCKS,
     Blocks,
     Calibration,
     LacSettings,
-    LayerStatistics,
     Profile,
 )
 from voidprune.schedule import Phase
@@ -311,8 +309,8 @@ def trace_layers(
     journal = Journal() if journal is None else journal
     norm_dtype = torch.float32 if lac.arithmetic == "float32" else model.dtype
     with _traced(model, norm_dtype=norm_dtype) as trace:
-        sums = _BlockSums(samples, num_layers=trace.num_layers)
-        for number, indices in enumerate(batch_by_length([sum(_num_tokens(sample)) for sample in samples], batch_size)):
+        sums = BlockSums(samples, num_layers=trace.num_layers)
+        for number, indices in enumerate(batch_by_length([sum(num_traced(sample)) for sample in samples], batch_size)):
             recorded = journal.get(f"trace {number}")
             if recorded is None:
                 batch = pad_sequences([samples[index] for index in indices])
@@ -325,7 +323,7 @@ def trace_layers(
                 found = np.frombuffer(base64.b64decode(recorded), dtype="<f8").reshape(len(indices), len(Phase), -1)
             sums.add(indices, found)
             if on_progress is not None:
-                on_progress(len(indices), sum(sum(_num_tokens(samples[index])) for index in indices))
+                on_progress(len(indices), sum(sum(num_traced(samples[index])) for index in indices))
     return sums.groups()
 
 
@@ -361,60 +359,6 @@ def run_layers(model: PreTrainedModel, batch: PaddedBatch) -> None:
         attention_mask=batch.attention_mask_BT.to(model.device),
         use_cache=False,
     )
-
-
-def _num_tokens(sample: Sample) -> tuple[int, int]:
-    """How many tokens of prefill and of decode are traced."""
-    return len(sample.prompt), max(0, len(sample.response or ()) - 1)
-
-
-class _BlockSums:
-    """Adds up samples in the blocks of their groups, in any order."""
-
-    def __init__(self, samples: Sequence[Sample], *, num_layers: int) -> None:
-        self.num_layers = num_layers
-        members: dict[str, list[int]] = {}
-        for index, sample in enumerate(samples):
-            members.setdefault(sample.group, []).append(index)
-        self._num_tokens = [_num_tokens(sample) for sample in samples]
-        self._blocks = {
-            group: [indices[first::NUM_BLOCKS] for first in range(NUM_BLOCKS)] for group, indices in members.items()
-        }
-        self._cells = {
-            index: (group, block)
-            for group, blocks in self._blocks.items()
-            for block, indices in enumerate(blocks)
-            for index in indices
-        }
-        width = len(MEASURES) * num_layers + num_layers * (num_layers + 1) // 2
-        self._sums = {group: np.zeros((NUM_BLOCKS, len(Phase), width)) for group in members}
-
-    def add(self, indices: Sequence[int], sums_BPS: Array) -> None:
-        for index, sums_PS in zip(indices, sums_BPS, strict=True):
-            group, block = self._cells[index]
-            self._sums[group][block] += sums_PS
-
-    def groups(self) -> Mapping[str, Mapping[Phase, Blocks]]:
-        return {
-            group: {
-                phase: tuple(self._block(group, block, number) for block in range(NUM_BLOCKS))
-                for number, phase in enumerate(Phase)
-            }
-            for group in self._sums
-        }
-
-    def _block(self, group: str, block: int, phase: int) -> LayerStatistics:
-        counts = [self._num_tokens[index][phase] for index in self._blocks[group][block]]
-        sums_S = self._sums[group][block, phase]
-        layers_S, spans = sums_S[: len(MEASURES) * self.num_layers], sums_S[len(MEASURES) * self.num_layers :]
-        sums = dict(zip(MEASURES, layers_S.reshape(len(MEASURES), -1).tolist(), strict=True))
-        return LayerStatistics(
-            num_tokens=sum(counts),
-            active=tuple(map(int, sums.pop("active"))),
-            **{name: tuple(values) for name, values in sums.items()},
-            num_spans=sum(count > 0 for count in counts),
-            span_distance=tuple(spans.tolist()),
-        )
 
 
 def batch_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
