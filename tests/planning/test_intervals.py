@@ -96,7 +96,7 @@ def test_too_few_samples_give_no_interval() -> None:
     cut = find_cut(INFLUENCE, profile.statistics(Phase.DECODE), None, [0])
     assert cut is not None
     assert (cut.last_kept, cut.first_dropped, cut.scores) == (0, 1, (0.25, 0.125))
-    assert (cut.intervals, cut.confidence, cut.verdict) == (None, None, "unknown: too few samples")
+    assert (cut.intervals, cut.confidence, cut.verdict) == (None, None, "too few samples")
 
 
 def test_groups_of_one_block_are_resampled_together() -> None:

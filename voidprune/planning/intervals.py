@@ -42,7 +42,7 @@ class Cut:
     @property
     def verdict(self) -> str:
         if self.confidence is None:
-            return "unknown: too few samples"
+            return "too few samples"
         return "a fact" if self.confidence >= COVERAGE else "likely" if self.confidence >= 0.75 else "a coin toss"
 
 
