@@ -27,8 +27,8 @@ from voidprune.profiling.calibration import Sample
 from voidprune.profiling.profile import LacSettings
 from voidprune.profiling.tracing import batch_by_length, pad_sequences, run_layers, trace_layers
 
-# name: batches a round, tokens of a prompt, tokens of a response, rounds. Rounds are short, so that both kinds of pass meet the same
-# machine.
+# name: batches a round, tokens of a prompt, tokens of a response, rounds. Rounds are short, so that both kinds of pass meet
+# the same machine.
 SHAPES = {"demo": (4, 64, 65, 41), "qwen2.5-0.5b": (1, 32, 33, 15)}
 
 
@@ -55,7 +55,8 @@ def make_samples(name: str, batch_size: int) -> list[Sample]:
         return tuple(torch.randint(0, 500, (length,), generator=generator).tolist())
 
     return [
-        Sample(draw(SHAPES[name][1]), draw(SHAPES[name][2]), None, "default", str(number)) for number in range(count)
+        Sample(draw(SHAPES[name][1]), draw(SHAPES[name][2]), None, "default", str(number))
+        for number in range(SHAPES[name][0] * batch_size)
     ]
 
 
