@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,75 @@ def test_a_text_file_is_cut_at_empty_lines(tmp_path: Path) -> None:
         ('{"messages": []}', "line 2: messages is not a list"),
         ('{"messages": [{"role": "user"}]}', "line 2: messages is not a list"),
         ('{"messages": [{"role": "assistant", "content": "r"}]}', "line 2: messages holds a response but no prompt"),
+        ('{"question": "q", "choices": "ab", "answer": 0}', "line 2: choices is not a list of two texts or more"),
+        ('{"question": "q", "choices": ["a"], "answer": 0}', "line 2: choices is not a list of two texts or more"),
+        ('{"question": "q", "choices": ["a", 3], "answer": 0}', "line 2: choice 2 is not a text, or empty"),
+        ('{"question": "q", "choices": ["a", "\\ud800"], "answer": 0}', "line 2: choice 2 is not a text, or empty"),
+        ('{"question": "q", "choices": ["a", " "], "answer": 0}', "line 2: choice 2 is not a text, or empty"),
+        ('{"question": "q", "choices": ["a", "b", "a"], "answer": 1}', "line 2: choice 3 is there twice"),
+        ('{"question": "q", "choices": ["a", "b"]}', "line 2 has choices but no answer"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', "line 2: the answer 2 is none of the 2 choices"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": -1}', "line 2: the answer -1 is none of the 2 choices"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": true}', "line 2: the answer true is none of the 2"),
+        ('{"question": "q", "choices": ["x", "y"], "answer": "C"}', 'line 2: the answer "C" is none of the 2 choices'),
+        ('{"question": "q", "choices": ["x", "y"], "answer": ["x"]}', "line 2: the answer .* is none of the 2 choices"),
+        ('{"question": 3, "choices": ["x", "y"], "answer": 0}', "line 2: question is not a text"),
+        ('{"choices": ["x", "y"], "answer": 0}', "line 2 has no prompt, messages, instruction or text"),
+        ('{"text": "t", "choices": ["x", "y"], "answer": 0}', "line 2: choices do not go with text"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         read_rows(write(tmp_path / "data.jsonl", '{"prompt": "fine"}', line))
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        ('["yes", "no"]', '"no"', "no"),
+        ('["yes", "no"]', '"B"', "no"),
+        ('["yes", "no"]', '"b"', "no"),
+        ('["yes", "no"]', "1", "no"),
+        ('["B", "A"]', '"A"', "A"),  # a text goes before a letter
+        ('["1", "0"]', '"0"', "0"),
+        ('["1", "0"]', "0", "1"),
+        ('[" yes", " no"]', '"no"', " no"),
+    ],
+)
+def test_the_right_choice_is_a_text_a_letter_or_an_index(tmp_path: Path, choices: str, answer: str, right: str) -> None:
+    line = f'{{"question": "q", "choices": {choices}, "answer": {answer}}}'
+    (row,) = read_rows(write(tmp_path / "data.jsonl", line))
+    assert row.answer == right
+    assert row.messages == ({"role": "user", "content": "q"},)
+    assert right in row.choices
+
+
+def test_choices_continue_the_prompt(tmp_path: Path) -> None:
+    rows = read_rows(
+        write(
+            tmp_path / "data.jsonl",
+            '{"prompt": "Food: Ann tea. What does Ann like?", "choices": ["tea", "green plums"], "answer": "A"}',
+        )
+    )
+    tokenizer = load_tokenizer(demo_folder())
+    (sample,) = encode_rows(rows, tokenizer, end_tokens=end_tokens(demo_folder()), max_length=60, max_new_tokens=1000)
+    assert [tokenizer.decode(list(choice)) for choice in sample.choices] == ["tea", "green plums"]
+    assert (sample.answer, sample.response, sample.choice_texts) == ("tea", None, ("tea", "green plums"))
+    longest = len(sample.prompt) + max(map(len, sample.choices))
+    encode_rows(rows, tokenizer, end_tokens=(), max_length=longest)
+    with pytest.raises(DatasetError, match=f"line 1 needs {longest} tokens"):
+        encode_rows(rows, tokenizer, end_tokens=(), max_length=longest - 1)
+    other = encode_rows([replace(rows[0], choices=("tea", "rice"))], tokenizer, end_tokens=(), max_length=60)
+    assert fingerprint_samples([sample]) != fingerprint_samples(other)
+
+
+def test_without_a_chat_template_choices_follow_a_space(tmp_path: Path) -> None:
+    line = '{"question": "Food: Ann tea. Answer:", "choices": ["tea", " rice"], "answer": 0}'
+    tokenizer = load_tokenizer(demo_folder())
+    tokenizer.chat_template = None
+    (sample,) = encode_rows(read_rows(write(tmp_path / "data.jsonl", line)), tokenizer, end_tokens=(), max_length=60)
+    for choice, text in zip(sample.choices, ("tea", "rice"), strict=True):
+        assert list(sample.prompt + choice) == tokenizer(f"Food: Ann tea. Answer: {text}")["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])

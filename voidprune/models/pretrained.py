@@ -159,6 +159,22 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, *, end: S
     return [*tokenizer(response, add_special_tokens=False)["input_ids"], *last]
 
 
+def encode_choice(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], choice: str) -> list[int]:
+    """A choice as the continuation of what `encode_chat` makes of the messages, without an end token.
+
+    Under a chat template that is the start of a response. Without one it follows the text behind a space, and both are tokenized
+    together where the tokens of the text stay what they are, because some tokenizers begin every text with a space of their own.
+    """
+    if getattr(tokenizer, "chat_template", None) is not None:
+        return encode_response(tokenizer, choice, end=())
+    text = "\n".join(message["content"] for message in messages)
+    continuation = choice if text[-1:].isspace() or choice[:1].isspace() else " " + choice
+    context, whole = encode_text(tokenizer, text), encode_text(tokenizer, text + continuation)
+    if whole[: len(context)] == context:
+        return whole[len(context) :]
+    return encode_response(tokenizer, continuation, end=())
+
+
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """The tokens that end a response: `eos_token_id` of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):

@@ -6,6 +6,10 @@ Two kinds of file are read. JSONL: each line is an object of one of these shapes
     {"messages": [{"role": "user", "content": ...}, ...]}           a closing assistant message is the response
     {"instruction": ..., "input": ..., "output": ...}               input and output may be absent
     {"text": ...}                                                   plain text, no chat template
+    {"question": ..., "choices": [..., ...], "answer": ...}         multiple choice
+
+`choices` go with a question, prompt, messages or instruction, which is asked as it stands: a prompt that should list the choices
+lists them itself. Their `answer` is the right choice's text, its letter (A is the first) or its index (0 is the first).
 
 Anything else is read as plain text, paragraph by paragraph. Text longer than the longest sample becomes
 several. Prompts and messages go through the model's chat template where it
@@ -18,6 +22,7 @@ import hashlib
 import json
 import math
 import re
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -25,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voidprune.errors import DatasetError
-from voidprune.models.pretrained import Message, encode_chat, encode_response, encode_text
+from voidprune.models.pretrained import Message, encode_chat, encode_choice, encode_response, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +40,10 @@ SHAPES = "prompt, messages, instruction or text"
 
 @dataclass(frozen=True)
 class Row:
-    """One sample before tokenization. Either `messages` or `text` is set; `place` says where it came from, for errors."""
+    """One sample before tokenization. Either `messages` or `text` is set; `place` says where it came from, for errors.
+
+    Where there are `choices`, `answer` is the text of the right one.
+    """
 
     place: str
     messages: tuple[Message, ...] = ()
@@ -43,17 +51,24 @@ class Row:
     response: str | None = None
     answer: str | None = None
     group: str = "default"
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of a prompt, and of a response where there is one. `answer` is what a right response ends with."""
+    """Token ids of a prompt, and of a response where there is one. `answer` is what a right response ends with.
+
+    A multiple choice item has the token ids of each choice as a continuation of the prompt, without an end token, and their texts;
+    `answer` is the text of the right one.
+    """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...] | None
     answer: str | None
     group: str
     place: str
+    choices: tuple[tuple[int, ...], ...] = ()
+    choice_texts: tuple[str, ...] = ()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -102,15 +117,22 @@ def _parse_line(line: str, *, group: str, place: str) -> Row:
             raise DatasetError(f"{place}: {key} is not a text")
         return value
 
-    answer, group = text_of("answer"), text_of("task") or group
+    choices = _parse_choices(document["choices"], place=place) if "choices" in document else ()
+    answer = _right_choice(document.get("answer"), choices, place=place) if choices else text_of("answer")
+    group = text_of("task") or group
+    prompt = text_of("prompt")
+    if prompt is None and choices:
+        prompt = text_of("question")
     if "messages" in document:
         messages, response = _parse_messages(document["messages"], place=place)
-    elif (prompt := text_of("prompt")) is not None:
+    elif prompt is not None:
         messages, response = ({"role": "user", "content": prompt},), text_of("response")
     elif (instruction := text_of("instruction")) is not None:
         content = "\n\n".join(part for part in (instruction, text_of("input")) if part)
         messages, response = ({"role": "user", "content": content},), text_of("output")
     elif (text := text_of("text")) is not None:
+        if choices:
+            raise DatasetError(f"{place}: choices do not go with text", hint="ask with question, prompt or messages")
         if not text.strip():
             raise DatasetError(f"{place}: text is empty")
         return Row(place=place, text=text, group=group)
@@ -118,7 +140,39 @@ def _parse_line(line: str, *, group: str, place: str) -> Row:
         raise DatasetError(f"{place} has no {SHAPES}", hint="rename the field that holds the prompt to prompt")
     if not any(message["content"].strip() for message in messages):
         raise DatasetError(f"{place}: the prompt is empty")
-    return Row(place=place, messages=tuple(messages), response=response, answer=answer, group=group)
+    return Row(
+        place=place, messages=tuple(messages), response=response, answer=answer, group=group, choices=tuple(choices)
+    )
+
+
+def _parse_choices(value: Any, *, place: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) < 2:
+        raise DatasetError(f"{place}: choices is not a list of two texts or more")
+    for number, choice in enumerate(value, start=1):
+        if not _is_text(choice) or not choice.strip():
+            raise DatasetError(f"{place}: choice {number} is not a text, or empty")
+        if choice in value[: number - 1]:
+            raise DatasetError(f"{place}: choice {number} is there twice")
+    return tuple(value)
+
+
+def _right_choice(answer: Any, choices: Sequence[str], *, place: str) -> str:
+    """The text of the choice that `answer` means: its text, else its letter (A is the first), or its index (0 is the first)."""
+    hint = "give the right choice's text, its letter (A is the first) or its index (0 is the first)"
+    if answer is None:
+        raise DatasetError(f"{place} has choices but no answer", hint=hint)
+    if isinstance(answer, str):
+        texts = [choice.strip() for choice in choices]
+        if texts.count(answer.strip()) == 1:
+            return choices[texts.index(answer.strip())]
+        letters = string.ascii_uppercase[: len(choices)]
+        if len(answer.strip()) == 1 and answer.strip().upper() in letters:
+            return choices[letters.index(answer.strip().upper())]
+    elif isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return choices[answer]
+    raise DatasetError(
+        f"{place}: the answer {json.dumps(answer)[:60]} is none of the {len(choices)} choices", hint=hint
+    )
 
 
 def _is_text(value: Any) -> bool:
@@ -152,8 +206,8 @@ def encode_rows(
 ) -> list[Sample]:
     """Tokenize the first `num_samples` rows.
 
-    A sample has at most `max_length` tokens, and where the row has an answer leaves `max_new_tokens` for it. Longer text becomes
-    several samples. Raises DatasetError for any other row that does not fit, naming the line.
+    A sample has at most `max_length` tokens, and leaves `max_new_tokens` for an answer that is to be generated.
+    Longer text becomes several samples. Raises DatasetError for any other row that does not fit, naming the line.
     """
     samples = []
     for row in list(rows)[:num_samples]:
@@ -165,13 +219,19 @@ def encode_rows(
         except DatasetError as error:
             raise DatasetError(f"{row.place}: {error.message}", hint=error.hint) from error
         response = [] if row.response is None else encode_response(tokenizer, row.response, end=end_tokens)
-        length = len(prompt) + max(len(response), max_new_tokens if row.answer is not None else 0)
+        choices = tuple(tuple(encode_choice(tokenizer, row.messages, choice)) for choice in row.choices)
+        if not all(choices):
+            raise DatasetError(f"{row.place}: a choice has no tokens")
+        is_generated = row.answer is not None and not choices
+        length = len(prompt) + max(len(response), max_new_tokens if is_generated else 0, *map(len, choices))
         if length > max_length:
             raise DatasetError(
                 f"{row.place} needs {length} tokens with its response; the longest allowed is {max_length}",
                 hint="shorten it, or ask for fewer new tokens",
             )
-        samples.append(Sample(tuple(prompt), tuple(response) or None, row.answer, row.group, row.place))
+        samples.append(
+            Sample(tuple(prompt), tuple(response) or None, row.answer, row.group, row.place, choices, row.choices)
+        )
     return samples
 
 
@@ -205,5 +265,5 @@ def fingerprint_samples(samples: Iterable[Sample]) -> str:
     """SHA-256 over the token ids of all samples, in order."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(json.dumps([sample.prompt, sample.response]).encode())
+        digest.update(json.dumps([sample.prompt, sample.response, *sample.choices]).encode())
     return "sha256:" + digest.hexdigest()
