@@ -115,6 +115,14 @@ def test_eval_bench_and_report(results: Path, tmp_path: Path) -> None:
     assert document == json.loads((tmp_path / "evaluation.json").read_bytes())
     assert [runner["name"] for runner in document["runners"]] == ["whole model", "reference", "onnx"]
     assert document["runners"][1]["accuracy"] == document["runners"][2]["accuracy"]
+    assert document["num_items"] == 12
+    assert document["schedule_hash"] == artifacts.file_hash(results / "schedule.json")
+    assert document["runners"][0]["against_whole"] is None
+    assert document["runners"][2]["against_whole"]["agreement"]["top1"]["value"] < 1
+    shown = CliRunner().invoke(main, ["show", str(tmp_path / "evaluation.json")], env={"COLUMNS": "80"})
+    assert "onnx against the whole model" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert "…" not in shown.stdout
     timed = invoke(
         "bench", results / "slim", "--baseline", "demo", "--prompt-length", 6, "--new-tokens", 2, "--rounds", 2,
         "--provider", "cpu", "-o", tmp_path / "benchmark.json",
@@ -250,6 +258,45 @@ def test_eval_refuses_options_that_say_nothing_here(results: Path) -> None:
     expect_error("eval", "demo", "--baseline", "demo", message="is no bundle to put beside a baseline")
 
 
+def test_a_missed_gate_exits_with_3_and_still_says_what_was_measured(results: Path, tmp_path: Path) -> None:
+    arguments = ("eval", "demo", "--schedule", results / "schedule.json", "--tasks", "sorting", "--num-samples", 4)
+    gates = ("--min-score", 0, "--min-score", "sorting=0", "--max-ppl-ratio", 1e9)
+    assert invoke(*arguments, *gates, "-o", tmp_path / "met.json").exit_code == 0
+    missed = expect_error(
+        *arguments, "--max-ppl-ratio", "0.5", "--json", "-o", tmp_path / "missed.json",
+        message="times that of the whole model, asked is at most 0.5", code=3,
+    )  # fmt: skip
+    assert json.loads(missed.stdout) == json.loads((tmp_path / "missed.json").read_bytes())
+    assert (tmp_path / "met.json").read_bytes() == (tmp_path / "missed.json").read_bytes()
+
+
+def test_gates_that_cannot_be_measured_are_refused_at_once(results: Path) -> None:
+    arguments = ("eval", "demo", "--num-samples", 1)
+    expect_error(*arguments, "--min-score", "history=0.5", message="no item of the task history has an answer")
+    expect_error(*arguments, "--max-ppl-ratio", "1.1", message="the perplexity ratio is to the whole model")
+    expect_error(
+        "eval", results / "slim", "--max-ppl-ratio", "1.1", message="the perplexity ratio is to the whole model"
+    )
+    for value in ("1.5", "nan", "=0.5", "sorting=", "sorting=-1"):
+        refused = invoke(*arguments, "--min-score", value)
+        assert refused.exit_code == 2
+        assert "is not a share from 0 to 1" in refused.stderr
+
+
+def test_export_publishes_nothing_that_misses_its_gate(results: Path, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text(
+        '{"prompt": "Sort from smallest to largest: 91, 97, 73", "answer": "no", "task": "t"}'
+    )
+    arguments = ("export", "demo", "-o", tmp_path / "out", "--schedule", results / "schedule.json", "--provider", "cpu")
+    gates = ("--eval-tasks", tmp_path / "items.jsonl", "--min-score", "t=0.5")
+    missed = expect_error(*arguments, *gates, message="t scores 0.0000, asked is at least 0.5", code=3)
+    assert "nothing was published" in missed.stderr
+    assert "t (1 items)" in missed.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["items.jsonl"]
+    assert invoke(*arguments, *gates[:-1], "t=0").exit_code == 0
+    assert (tmp_path / "out" / "voidprune.json").exists()
+
+
 def test_bench_refuses_what_is_not_the_whole_model(results: Path) -> None:
     expect_error("bench", results / "slim", "--baseline", results / "slim", message="is not the whole model in F32")
 
@@ -267,6 +314,8 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_result_with_holes_is_named(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text('{"schema": "voidprune.evaluation/1"}')
+    expect_error("show", tmp_path / "evaluation.json", message="evaluation format 1; this version of voidprune reads")
+    (tmp_path / "evaluation.json").write_text('{"schema": "voidprune.evaluation/2"}')
     expect_error("show", tmp_path / "evaluation.json", message="is not a whole evaluation")
     expect_error("report", tmp_path, "-o", tmp_path / "r.html", message="is not a whole evaluation")
 

@@ -41,10 +41,37 @@ class Balance(HTMLParser):
 def evaluation() -> artifacts.Document:
     def runner(name: str, share: float) -> artifacts.Document:
         accuracy = {"num_right": 1, "num_items": 2, "share": share, "interval": [0.1, 0.9]}
-        return {"name": name, "perplexity": 2.5, "num_scored": 9, "accuracy": {"sorting": accuracy}}
+        value = {"value": 0.25, "interval": [0.125, 0.5]}
+        against = {
+            "perplexity_ratio": value,
+            "accuracy": {
+                "sorting": {
+                    "difference": -0.25,
+                    "interval": [-0.75, 0.375],
+                    "num_only_whole": 1,
+                    "num_only_this": 0,
+                    "num_items": 2,
+                    "p_value": 0.625,
+                }
+            },
+            "overall": None,
+            "agreement": {"top1": value, "kl": value, "num_tokens": 9},
+        }
+        return {
+            "name": name,
+            "perplexity": 2.5,
+            "perplexity_interval": [2.0, 3.0],
+            "num_scored": 9,
+            "accuracy": {"sorting": {**accuracy, "normalized": None}},
+            "generation": {"num_items": 2, "mean_length": value, "cut": value, "looping": value},
+            "against_whole": None if name == "whole model" else against,
+        }
 
     return {
-        "schema": "voidprune.evaluation/1",
+        "schema": "voidprune.evaluation/2",
+        "num_items": 2,
+        "schedule_hash": "sha256:0",
+        "intervals": {"confidence": 0.95, "num_resamples": 2000, "seed": 0},
         "model": "tiny",
         "max_new_tokens": 64,
         "written_by": "voidprune",
@@ -74,6 +101,8 @@ def test_the_page_is_complete_and_well_formed(folder: Path) -> None:
     assert "&lt;demo&gt;" in page
     assert "<demo>" not in page
     assert "<b>25.0%</b><small>whole model: 50.0%</small>" in page
+    for text in ("onnx against the whole model", "-25.0", "-75.0 to +37.5", "0.62", "0.1250 to 0.5000"):
+        assert text in page
     for text in ("25.0 %", "Layers by phase", "Predicted costs", "sha256:default1"):
         assert text in page
 

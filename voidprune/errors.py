@@ -67,6 +67,13 @@ class ContextLengthError(VoidpruneError):
     """A request needs more positions than the K/V buffers or the model have."""
 
 
+class QualityGateError(VoidpruneError):
+    """A measured quality is below what was asked for. The message says gate, measured and asked."""
+
+    exit_code = 3
+    usual_hint = "keep more layers, choose them by another criterion, or ask for less"
+
+
 class ParityError(VoidpruneError):
     """An export does not equal its reference. Nothing was published."""
 

@@ -72,7 +72,7 @@ _RESULTS: dict[str, Callable[[artifacts.Document], Any]] = {
     "benchmark": tables.benchmark_table,
     "comparison": tables.comparison_table,
 }
-_VERSIONS = {"comparison": 2}
+_VERSIONS = {"comparison": 2, "evaluation": 2}
 
 
 def _read_result(file: Path, kind: str) -> artifacts.Document:

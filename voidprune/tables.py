@@ -186,32 +186,86 @@ def costs_table(sizes: ModelSizes, schedule: Schedule) -> Table:
     return table
 
 
-def evaluation_table(document: Mapping[str, Any]) -> Table:
+def evaluation_table(document: Mapping[str, Any]) -> Group:
+    """Every runner by itself, then the last one beside the whole model, item by item, where that ran."""
+    against = document["runners"][-1]["against_whole"]
+    tables = [_runners_table(document)]
+    if against is not None:
+        tables.append(_against_table(document["runners"][-1]["name"], against))
+    return Group(*tables)
+
+
+def _runners_table(document: Mapping[str, Any]) -> Table:
     runners: Sequence[Mapping[str, Any]] = document["runners"]
-    answered = bool(runners[0]["accuracy"])
-    caption = "accuracy with 95 % Wilson interval" if answered else None
-    table = Table(title=f"evaluation of {document['model']} on {document['dataset']}", caption=caption)
+    first = runners[0]
+    table = Table(
+        title=f"evaluation of {document['model']} on {document['dataset']}",
+        caption=f"{document['num_items']} items, 95 % intervals",
+    )
     table.add_column("")
     for result in runners:
         table.add_column(result["name"], justify="right", no_wrap=True)
-    if runners[0]["perplexity"] is not None:
+    if first["perplexity"] is not None:
+        table.add_row("perplexity", *(f"{result['perplexity']:.4f}" for result in runners))
+        intervals = [result["perplexity_interval"] for result in runners]
         table.add_row(
-            f"perplexity of {runners[0]['num_scored']:,} given tokens",
-            *(f"{result['perplexity']:.4f}" for result in runners),
+            f"  {first['num_scored']:,} given tokens", *(f"[{low:.3f}-{high:.3f}]" for low, high in intervals)
         )
-    tasks = runners[0]["accuracy"]
-    for task, first in tasks.items():
-        cells = []
-        for result in runners:
-            low, high = result["accuracy"][task]["interval"]
-            cells.append(f"{result['accuracy'][task]['share']:.1%} [{low * 100:.0f}-{high * 100:.0f}]")
-        table.add_row(f"{task} ({first['num_items']} items)", *cells)
-    if document["different_responses"] is not None and answered:
+    for task, accuracy in first["accuracy"].items():
+        found = [result["accuracy"][task] for result in runners]
+        table.add_row(f"{task} ({accuracy['num_items']} items)", *map(_format_share, found))
+        if accuracy["normalized"] is not None:
+            table.add_row("  a character", *(_format_share(one["normalized"]) for one in found))
+    if first["generation"] is not None:
+        found = [result["generation"] for result in runners]
         table.add_section()
+        table.add_row("mean tokens generated", *(f"{one['mean_length']['value']:.1f}" for one in found))
+        table.add_row("cut at the longest", *(f"{one['cut']['value']:.1%}" for one in found))
+        table.add_row("ends in a loop", *(f"{one['looping']['value']:.1%}" for one in found))
+    if document["different_responses"] is not None and first["generation"] is not None:
+        assert isinstance(table.caption, str)
+        table.caption += f"; responses that differ, reference to onnx: {document['different_responses']}"
+    return table
+
+
+def _against_table(name: str, against: Mapping[str, Any]) -> Table:
+    table = Table(
+        title=f"{name} against the whole model, item by item",
+        caption="accuracy in points; p: exact McNemar test",
+    )
+    for column in ("", "value", "95 % interval", "p", "lost, won"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
+    ratio, agreement = against["perplexity_ratio"], against["agreement"]
+    if ratio is not None:
         table.add_row(
-            "responses that differ, reference to onnx", *[""] * (len(runners) - 1), str(document["different_responses"])
+            "perplexity, ratio", f"{ratio['value']:.4f}", _format_interval(ratio["interval"], "{:.4f}"), "", ""
+        )
+    if agreement is not None:
+        top1, kl = agreement["top1"], agreement["kl"]
+        table.add_row(
+            "same likeliest token", f"{top1['value']:.1%}", _format_interval(top1["interval"], "{:.1%}"), "", ""
+        )
+        table.add_row("KL, nats a token", f"{kl['value']:.4f}", _format_interval(kl["interval"], "{:.4f}"), "", "")
+    overall = {"all tasks": against["overall"]} if len(against["accuracy"]) > 1 else {}
+    for task, found in {**against["accuracy"], **overall}.items():
+        table.add_row(
+            task,
+            f"{found['difference'] * 100:+.1f}",
+            _format_interval([100 * bound for bound in found["interval"]], "{:+.1f}"),
+            f"{found['p_value']:.2g}",
+            f"{found['num_only_whole']}, {found['num_only_this']}",
         )
     return table
+
+
+def _format_interval(interval: Sequence[float], form: str) -> str:
+    low, high = (form.format(bound) for bound in interval)
+    return f"{low} to {high}"
+
+
+def _format_share(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['share']:.1%} [{low * 100:.0f}-{high * 100:.0f}]"
 
 
 def free_part_table(free: FreePart) -> Table:

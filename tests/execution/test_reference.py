@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tests.strategies import schedules
 from tests.tiny_models import NUM_LAYERS, TinyModel
+from voidprune.execution import reference
 from voidprune.execution.reference import decode_mask, scheduled
 from voidprune.export.hf_checkpoint import write_slim_checkpoint
 from voidprune.models.pretrained import load_model
@@ -263,6 +264,27 @@ def test_score_is_the_log_softmax_of_each_row_alone(tiny_model: TinyModel, data:
             ]
             assert found.dtype == np.float64
             np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 101 * 5 * 2, 2**26])
+def test_rows_scored_together_in_any_number_are_scored_alike(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Rows are padded on both sides, so that their responses begin together."""
+    monkeypatch.setattr(reference, "LOGIT_VALUES", limit)
+    schedule = dropped_schedule(tiny_model.identity, {2})
+    prompts = [random_tokens(tiny_model, length, seed=length).tolist() for length in (1, 6, 3)]
+    responses = [random_tokens(tiny_model, length, seed=length).tolist() for length in (5, 1, 2)]
+    with scheduled(tiny_model.model, schedule) as running:
+        scores, predictions = running.score(prompts, responses), running.predict(prompts, responses)
+        for prompt, response, score, prediction in zip(prompts, responses, scores, predictions, strict=True):
+            alone = running.forward(
+                torch.tensor([prompt + response]),
+                is_decode_BT=mask(torch.tensor([prompt + response]), schedule, num_prompt_tokens=len(prompt)),
+            )[0, len(prompt) - 1 : -1].log_softmax(-1)
+            assert prediction.dtype == np.float32
+            np.testing.assert_allclose(prediction, alone.numpy(), atol=1e-4)
+            np.testing.assert_allclose(prediction[range(len(response)), response], score, atol=1e-5)
 
 
 def test_greedy_tokens_have_the_highest_score(stories260k: TinyModel) -> None:

@@ -21,6 +21,7 @@ from tests.conftest import Bundle, MakeBundle
 from tests.strategies import schedules
 from tests.tiny_models import TinyModel
 from voidprune.errors import ArtifactError, CheckpointError, ContextLengthError, ModelError, RuntimeProviderError
+from voidprune.execution import session as session_module
 from voidprune.execution.reference import decode_mask, scheduled
 from voidprune.execution.session import BundleSession, Conversation
 from voidprune.models.checkpoint import WEIGHTS_FILE, copy_tensors, open_checkpoint
@@ -201,6 +202,25 @@ def test_score_equals_the_reference(tiny_model: TinyModel, make_bundle: MakeBund
     for wanted, got in zip(expected, found, strict=True):
         assert got.dtype == np.float64
         np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 250, 2**24])
+def test_predictions_are_those_of_the_reference_in_pieces_of_any_size(
+    llama: TinyModel, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(session_module, "LOGIT_VALUES", limit)
+    bundle = make_bundle(llama, mixed(llama))
+    prompts, responses = random_prompts(llama, [6, 1, 2]), random_prompts(llama, [4, 7, 1], seed=1)
+    with scheduled(llama.model, bundle.schedule) as running:
+        assert running.vocab_size == bundle.session.vocab_size
+        expected = running.predict(prompts, responses)
+    found, scores = bundle.session.predict(prompts, responses), bundle.session.score(prompts, responses)
+    for response, wanted, got, score in zip(responses, expected, found, scores, strict=True):
+        assert got.dtype == np.float32
+        assert got.shape == (len(response), bundle.session.vocab_size)
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+        np.testing.assert_allclose(np.exp(got).sum(-1), 1, atol=1e-5)
+        np.testing.assert_allclose(got[range(len(response)), response], score, atol=1e-5)
 
 
 # ---- single turn

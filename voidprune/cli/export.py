@@ -8,8 +8,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from voidprune.cli.evaluate import gate_export
 from voidprune.cli.options import (
     budget_options,
+    gate_options,
     json_option,
     output_option,
     output_target,
@@ -33,6 +35,8 @@ from voidprune.cli.plan import print_plan
 @click.option("--precision", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
 @budget_options
 @trial_options
+@gate_options
+@click.option("--eval-tasks", default="demo", show_default=True, help="What gates are measured on, as eval --tasks.")
 @provider_option
 @seed_option
 @overwrite_option
@@ -49,6 +53,9 @@ def export(
     profile_file: Path | None,
     formats: tuple[str, ...],
     precision: str,
+    min_scores: tuple[tuple[str | None, float], ...],
+    max_ppl_ratio: float | None,
+    eval_tasks: str,
     provider: str | None,
     seed: int,
     overwrite: bool,
@@ -104,6 +111,9 @@ def export(
         print_plan(planned, as_json=as_json)
     if target is None:
         return
+    accept = gate_export(
+        checkpoint, min_scores, max_ppl_ratio, eval_tasks, provider=provider, as_json=as_json, quiet=quiet
+    )
     manifest = export_model(
         checkpoint,
         planned.schedule,
@@ -113,6 +123,7 @@ def export(
         provider=provider,
         overwrite=overwrite,
         seed=seed,
+        accept=accept,
     )
     show_result(manifest.to_document(), manifest_table, manifest, as_json=as_json)
     if not as_json:

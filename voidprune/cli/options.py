@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,7 @@ from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.search import GOALS, SEARCHES
 
 if TYPE_CHECKING:
+    from voidprune.pipeline.gates import Gates
     from voidprune.pipeline.plan import PlanRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -210,6 +212,55 @@ def plan_request(
     )
     return PlanRequest(
         budget=budget, drop_layers=drop_layers, boundary=Boundary(boundary), calibrated=calibrated, **rest
+    )
+
+
+def _parse_min_scores(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str | None, float], ...]:
+    """`TASK=0.9`, or `0.9` for every task."""
+    parsed = []
+    for value in values:
+        task, separator, number = value.rpartition("=")
+        try:
+            score = float(number)
+        except ValueError:
+            score = math.nan
+        if not 0 <= score <= 1 or (separator and not task):
+            raise click.BadParameter(f"{value!r} is not a share from 0 to 1, or TASK=SHARE")
+        parsed.append((task or None, score))
+    return tuple(parsed)
+
+
+def gate_options(command: Command) -> Command:
+    options = [
+        click.option(
+            "--min-score",
+            "min_scores",
+            metavar="[TASK=]SHARE",
+            multiple=True,
+            callback=_parse_min_scores,
+            help="Least accuracy, of a task or of every task; else exit with code 3.",
+        ),
+        click.option(
+            "--max-ppl-ratio",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Largest perplexity, as a multiple of the whole model's; else exit with code 3.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def gates_of(min_scores: Iterable[tuple[str | None, float]], max_ppl_ratio: float | None) -> Gates:
+    """The gates that the options of `gate_options` ask for."""
+    from voidprune.pipeline.gates import Gates
+
+    return Gates(
+        min_scores={task: score for task, score in min_scores if task is not None},
+        min_score=next((score for task, score in reversed(list(min_scores)) if task is None), None),
+        max_ppl_ratio=max_ppl_ratio,
     )
 
 

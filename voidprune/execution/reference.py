@@ -30,6 +30,9 @@ from voidprune.models.families import find_family
 from voidprune.models.pretrained import generate_greedily
 from voidprune.schedule import Boundary, Phase, Schedule
 
+LOGIT_VALUES = 2**26
+"""Logits that one pass of scoring makes at most, unless a single response needs more: 256 MiB in float32."""
+
 
 def decoder_layers(model: PreTrainedModel, modules: ModulePaths) -> Sequence[nn.Module]:
     return operator.attrgetter(modules.layers)(model)  # type: ignore[no-any-return]
@@ -57,10 +60,12 @@ class ScheduledModel:
         attention_mask_BS: Tensor | None = None,
         cache: DynamicCache | None = None,
         last_only: bool = False,
+        num_logits: int = 0,
     ) -> Tensor:
         """Logits, [B, T, V] (or [B, 1, V] of the last token), of one pass in which every token runs the actions of its phase.
 
-        `attention_mask_BS` is 0 for padding, on either side; positions count its ones. `cache` is read and extended.
+        `attention_mask_BS` is 0 for padding, on either side; positions count its ones. `cache` is read and extended. With
+        `num_logits`, the head runs on that many last tokens only.
         """
         if attention_mask_BS is None:
             past = 0 if cache is None else cache.get_seq_length()
@@ -75,7 +80,7 @@ class ScheduledModel:
                 position_ids=position_ids_BS[:, -input_ids_BT.shape[1] :].to(device),
                 past_key_values=cache,
                 use_cache=cache is not None,
-                logits_to_keep=1 if last_only else 0,
+                logits_to_keep=1 if last_only else num_logits,
             ).logits
         return logits_BTV
 
@@ -99,19 +104,59 @@ class ScheduledModel:
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
         """Log-probability, in nats, of each response token, teacher-forced in one pass."""
-        rows = [list(prompt) + list(response) for prompt, response in zip(prompts, responses, strict=True)]
-        width = max(map(len, rows))
-        logits_BTV = self.forward(
-            torch.tensor([row + [0] * (width - len(row)) for row in rows]),
-            is_decode_BT=torch.tensor([decode_mask(len(prompt), width, self.schedule.boundary) for prompt in prompts]),
-            attention_mask_BS=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-        )
         scores = []
-        for row, prompt, logits_TV in zip(rows, prompts, logits_BTV, strict=True):
-            predicted_TV = logits_TV[len(prompt) - 1 : len(row) - 1].double().log_softmax(-1)
-            targets_T1 = torch.tensor(row[len(prompt) :], device=predicted_TV.device).unsqueeze(-1)
-            scores.append(predicted_TV.gather(-1, targets_T1).squeeze(-1).cpu().numpy())
+        for response, logits_TV in zip(responses, self._response_logits(prompts, responses), strict=True):
+            targets_T1 = torch.tensor(response, device=logits_TV.device).unsqueeze(-1)
+            chosen_T = logits_TV.gather(-1, targets_T1).squeeze(-1).double()
+            scores.append((chosen_T - logits_TV.double().logsumexp(-1)).cpu().numpy())
         return scores
+
+    def predict(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Log-probabilities, in nats, of the whole vocabulary where each response token is due: [T, V] an item, teacher-forced.
+
+        The caller keeps the sum of T small enough for memory.
+        """
+        return [
+            logits_TV.float().log_softmax(-1).cpu().numpy() for logits_TV in self._response_logits(prompts, responses)
+        ]
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[no-untyped-call]
+
+    def _response_logits(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> Iterator[Tensor]:
+        """Logits [T, V] where each response token is due, item by item.
+
+        Rows are padded on both sides so that all responses begin in the same column: the head then runs on the response's columns
+        alone. Rows run together as far as their logits stay below LOGIT_VALUES.
+        """
+        longest = max(map(len, responses))
+        num_rows = max(1, LOGIT_VALUES // (longest * self.vocab_size))
+        for start in range(0, len(prompts), num_rows):
+            pairs = list(zip(prompts[start : start + num_rows], responses[start : start + num_rows], strict=True))
+            left = max(len(prompt) for prompt, _ in pairs)
+            num_logits = max(len(response) for _, response in pairs)
+            width = left + num_logits - 1  # nothing is due behind the last token
+            rows, masks = [], []
+            for prompt, response in pairs:
+                tokens = [*prompt, *response[:-1]]
+                before, after = left - len(prompt), num_logits - len(response)
+                rows.append([0] * before + tokens + [0] * after)
+                masks.append([0] * before + [1] * len(tokens) + [0] * after)
+            is_decode_BT = torch.tensor(decode_mask(left, width, self.schedule.boundary)).expand(len(pairs), -1)
+            logits_BTV = self.forward(
+                torch.tensor(rows),
+                is_decode_BT=is_decode_BT,
+                attention_mask_BS=torch.tensor(masks),
+                num_logits=num_logits,
+            )
+            for (_, response), logits_TV in zip(pairs, logits_BTV, strict=True):
+                yield logits_TV[: len(response)]
 
     def _counted(self, flags: dict[Phase, bool]) -> Tensor | None:
         """Which tokens of the pass count, [B, T, 1]; None where all do."""

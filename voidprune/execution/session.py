@@ -28,6 +28,8 @@ from voidprune.schedule import Boundary, Phase
 
 Array = np.ndarray[Any, Any]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+LOGIT_VALUES = 2**24
+"""Logits that one step of scoring makes at most: 64 MiB in float32, twice that while they are worked on in float64."""
 _NUMPY_DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -101,18 +103,38 @@ class BundleSession:
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-        """Log-probability, in nats, of each response token, teacher-forced: prefill, then one decode pass."""
+        """Log-probability, in nats, of each response token, teacher-forced: prefill, then decode."""
         scores = []
         for prompt, response in zip(prompts, responses, strict=True):
-            conversation = self.start(max_positions=len(prompt) + len(response))
-            logits = [conversation.prefill([prompt])]
-            if len(response) > 1:
-                logits.append(conversation.decode(np.array([response[:-1]]))[0])
-            logits_TV = np.concatenate(logits).astype(np.float64)
-            logits_TV -= logits_TV.max(-1, keepdims=True)
-            logits_TV -= np.log(np.exp(logits_TV).sum(-1, keepdims=True))
-            scores.append(np.take_along_axis(logits_TV, np.array(response)[:, np.newaxis], axis=-1)[:, 0])
+            pieces = []
+            for tokens, logits_TV in self._response_logits(prompt, response):
+                predicted_TV = _log_softmax(logits_TV.astype(np.float64))
+                pieces.append(np.take_along_axis(predicted_TV, np.array(tokens)[:, np.newaxis], axis=-1)[:, 0])
+            scores.append(np.concatenate(pieces))
         return scores
+
+    def predict(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Log-probabilities, in nats, of the whole vocabulary where each response token is due: [T, V] an item, teacher-forced.
+
+        The caller keeps the sum of T small enough for memory.
+        """
+        return [
+            np.concatenate(
+                [_log_softmax(logits_TV.astype(np.float32)) for _, logits_TV in self._response_logits(prompt, response)]
+            )
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+
+    def _response_logits(self, prompt: Sequence[int], response: Sequence[int]) -> Iterator[tuple[Sequence[int], Array]]:
+        """Pieces of a response, and the logits [T, V] where their tokens are due; at most LOGIT_VALUES logits a piece."""
+        conversation = self.start(max_positions=len(prompt) + len(response) - 1)  # the last token is never fed
+        yield response[:1], conversation.prefill([prompt])
+        size = max(1, LOGIT_VALUES // self.vocab_size)
+        for start in range(0, len(response) - 1, size):
+            tokens = response[start : min(start + size, len(response) - 1)]
+            yield response[start + 1 : start + 1 + len(tokens)], conversation.decode(np.array([tokens]))[0]
 
 
 class Conversation:
@@ -208,6 +230,13 @@ class Conversation:
                 binding.bind_output(argument.name.replace("past_key_values", "present"), *place)
             self._bindings[key] = binding
         return self._bindings[key]
+
+
+def _log_softmax(logits_TV: Array) -> Array:
+    """In place, in the dtype of the logits."""
+    logits_TV -= logits_TV.max(-1, keepdims=True)
+    logits_TV -= np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+    return logits_TV
 
 
 def size_thread_pool(threads: int) -> None:

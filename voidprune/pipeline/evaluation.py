@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import voidprune
 from voidprune import artifacts
@@ -16,33 +18,71 @@ from voidprune.models.pretrained import default_device, end_tokens, load_model, 
 from voidprune.pipeline.models import default_provider, open_model
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.profiling.calibration import Row, encode_rows
-from voidprune.quality.evaluation import Evaluation, Runner, count_differences, evaluate, require_agreement
+from voidprune.quality.agreement import Agreement, OpenRunner, measure_agreement
+from voidprune.quality.evaluation import Evaluation, count_differences, count_steps, evaluate, require_agreement
+from voidprune.quality.paired import Comparison, compare_runners
+from voidprune.quality.statistics import CONFIDENCE, NUM_RESAMPLES, SEED
 from voidprune.schedule import Schedule, full_schedule
+
+WHOLE, REFERENCE, ONNX = "whole model", "reference", "onnx"
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Evaluations of several runners on the same items, by runner name.
+    """Evaluations of several runners on the same items, by name: WHOLE, REFERENCE, ONNX, in this order, as far as they are there.
 
+    `schedule` is None where only the whole model ran. `agreements` are with the whole model, by the name of the other runner.
     `different` counts the responses that the reference and the ONNX bundle give differently; None where there is no bundle.
     """
 
     model: str
     dataset: str
+    num_items: int
     max_new_tokens: int
     evaluations: dict[str, Evaluation]
+    schedule: Schedule | None = None
+    agreements: Mapping[str, Agreement] = field(default_factory=dict)
     different: int | None = None
 
+    @property
+    def judged(self) -> str:
+        """The runner whose quality counts: what would be shipped."""
+        return list(self.evaluations)[-1]
+
+    def compare(self, name: str) -> Comparison | None:
+        """A runner beside the whole model; None where that did not run, or is itself asked for."""
+        if name == WHOLE or WHOLE not in self.evaluations:
+            return None
+        return compare_runners(self.evaluations[WHOLE], self.evaluations[name])
+
     def to_document(self) -> artifacts.Document:
+        runners = []
+        for name, result in self.evaluations.items():
+            comparison, agreement = self.compare(name), self.agreements.get(name)
+            against = None
+            if comparison is not None:
+                against = {
+                    **comparison.to_document(),
+                    "agreement": None if agreement is None else agreement.to_document(),
+                }
+            runners.append({"name": name, **result.to_document(), "against_whole": against})
         return {
-            "schema": artifacts.schema_key("evaluation", 1),
+            "schema": artifacts.schema_key("evaluation", 2),
             "model": self.model,
             "dataset": self.dataset,
+            "num_items": self.num_items,
+            "schedule_hash": None if self.schedule is None else schedule_hash(self.schedule),
             "max_new_tokens": self.max_new_tokens,
-            "runners": [{"name": name, **result.to_document()} for name, result in self.evaluations.items()],
+            "intervals": {"confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "seed": SEED},
+            "runners": runners,
             "different_responses": self.different,
             "written_by": f"voidprune {voidprune.__version__}",
         }
+
+
+def schedule_hash(schedule: Schedule) -> str:
+    """`sha256:<hex>` of the schedule's canonical bytes: of the file that `write_schedule` writes."""
+    return "sha256:" + hashlib.sha256(artifacts.canonical_bytes(schedule.to_document())).hexdigest()
 
 
 def evaluate_model(
@@ -57,12 +97,37 @@ def evaluate_model(
     provider: str | None = None,
     track: Track = untracked,
 ) -> EvaluationReport:
+    """Evaluate a bundle or a model by name: see `evaluate_checkpoint`. `baseline` names the whole model of a bundle."""
+    return evaluate_checkpoint(
+        open_model(name),
+        rows,
+        dataset=dataset,
+        schedule=schedule,
+        baseline=None if baseline is None else open_model(baseline),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        provider=provider,
+        track=track,
+    )
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    *,
+    dataset: str,
+    schedule: Schedule | None = None,
+    baseline: Checkpoint | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    provider: str | None = None,
+    track: Track = untracked,
+) -> EvaluationReport:
     """Evaluate a bundle (reference and graphs, which must agree in float32) or a model (whole, and under a schedule).
 
-    For a bundle, `baseline` names the whole model to put beside it. Raises ParityError where a float32 bundle disagrees with its
-    reference, ScheduleError and ModelError where the options do not go with what `name` is.
+    All runners are in memory together, because their predictions are compared batch by batch. Raises ParityError where a float32
+    bundle disagrees with its reference, ScheduleError and ModelError where the options do not go with what the checkpoint is.
     """
-    checkpoint = open_model(name)
     tokenizer = load_tokenizer(checkpoint.folder)
     ends = end_tokens(checkpoint.folder)
     samples = encode_rows(
@@ -72,11 +137,10 @@ def evaluate_model(
         max_length=checkpoint.architecture.context_length,
         max_new_tokens=max_new_tokens,
     )
+    runners, judged_schedule = open_runners(checkpoint, schedule=schedule, baseline=baseline, provider=provider)
     results: dict[str, Evaluation] = {}
-
-    def run(label: str, runner: Runner) -> None:
-        total = sum((sample.response is not None) + (sample.answer is not None) for sample in samples)
-        with track(label, total, "items") as advance:
+    for label, opened in runners.items():
+        with track(label, count_steps(samples), "items") as advance, opened() as runner:
             results[label] = evaluate(
                 runner,
                 samples,
@@ -86,48 +150,71 @@ def evaluate_model(
                 batch_size=batch_size,
                 on_progress=advance,
             )
-
     different = None
-    if is_bundle(checkpoint.folder):
-        if schedule is not None:
-            raise ScheduleError(f"{name} is a bundle and has its schedule already", hint="give the whole model")
-        different = _run_bundle(checkpoint, run, baseline=baseline, provider=provider, results=results)
-    elif baseline is not None:
-        raise ModelError(f"{name} is no bundle to put beside a baseline", hint="leave --baseline out, or give a bundle")
-    else:
-        schedules = {"whole model": full_schedule(checkpoint.identity)}
+    if ONNX in results:
+        if read_manifest(checkpoint.folder).dtype == "F32":
+            require_agreement(results[REFERENCE], results[ONNX])
+        different = count_differences(results[REFERENCE], results[ONNX])
+    agreements: dict[str, Agreement] = {}
+    if WHOLE in runners and len(runners) > 1:
+        whole, others = runners[WHOLE], {label: opened for label, opened in runners.items() if label != WHOLE}
+        num_scored = sum(sample.response is not None for sample in samples)
+        with track("agreement with the whole model", num_scored, "items") as advance:
+            agreements = measure_agreement(whole, others, samples, batch_size=batch_size, on_progress=advance)
+    return EvaluationReport(
+        model=checkpoint.name,
+        dataset=dataset,
+        num_items=len(rows),
+        max_new_tokens=max_new_tokens,
+        evaluations=results,
+        schedule=judged_schedule,
+        agreements=agreements,
+        different=different,
+    )
+
+
+def open_runners(
+    checkpoint: Checkpoint,
+    *,
+    schedule: Schedule | None = None,
+    baseline: Checkpoint | None = None,
+    provider: str | None = None,
+) -> tuple[dict[str, OpenRunner], Schedule | None]:
+    """Everything that can be run of a bundle (with its whole model, if given) or a model (with a schedule, if given).
+
+    Runners by name, whole model first, and the schedule of the others; each is entered when it is its turn.
+    """
+    if not is_bundle(checkpoint.folder):
+        if baseline is not None:
+            raise ModelError(
+                f"{checkpoint.name} is no bundle to put beside a baseline",
+                hint="leave --baseline out, or give a bundle",
+            )
+        model = load_model(checkpoint.folder, device=default_device())
+        full = full_schedule(checkpoint.identity)
+        runners: dict[str, OpenRunner] = {WHOLE: lambda: scheduled(model, full)}
         if schedule is not None:
             schedule.check_model(checkpoint.identity, place="the schedule")
-            schedules["reference"] = schedule
-        model = load_model(checkpoint.folder, device=default_device())
-        for label, actions in schedules.items():
-            with scheduled(model, actions) as runner:
-                run(label, runner)
-    return EvaluationReport(checkpoint.name, dataset, max_new_tokens, results, different)
-
-
-def _run_bundle(
-    checkpoint: Checkpoint,
-    run: Callable[[str, Runner], None],
-    *,
-    baseline: str | None,
-    provider: str | None,
-    results: dict[str, Evaluation],
-) -> int | None:
-    """Whole model, reference and graphs of a bundle; how many responses of the last two differ."""
+            runners[REFERENCE] = lambda: scheduled(model, schedule)
+        return runners, schedule
+    if schedule is not None:
+        raise ScheduleError(f"{checkpoint.name} is a bundle and has its schedule already", hint="give the whole model")
     manifest, device = read_manifest(checkpoint.folder), default_device()
     dtype = precision_name(manifest.dtype)
+    runners = {}
     if baseline is not None:
-        whole = open_model(baseline)
-        manifest.schedule.check_model(whole.identity, place=str(checkpoint.folder))
-        with scheduled(load_model(whole.folder, dtype=dtype, device=device), full_schedule(whole.identity)) as runner:
-            run("whole model", runner)
-    slim = manifest.schedule.on_slim_model(checkpoint.identity)
-    with scheduled(load_model(checkpoint.folder, dtype=dtype, device=device), slim) as runner:
-        run("reference", runner)
-    if not manifest.graphs:
-        return None
-    run("onnx", BundleSession(checkpoint.folder, provider=provider or default_provider()))
-    if manifest.dtype == "F32":
-        require_agreement(results["reference"], results["onnx"])
-    return count_differences(results["reference"], results["onnx"])
+        manifest.schedule.check_model(baseline.identity, place=str(checkpoint.folder))
+        whole, whole_schedule = (
+            load_model(baseline.folder, dtype=dtype, device=device),
+            full_schedule(baseline.identity),
+        )
+        runners[WHOLE] = lambda: scheduled(whole, whole_schedule)
+    slim, slim_schedule = (
+        load_model(checkpoint.folder, dtype=dtype, device=device),
+        manifest.schedule.on_slim_model(checkpoint.identity),
+    )
+    runners[REFERENCE] = lambda: scheduled(slim, slim_schedule)
+    if manifest.graphs:
+        session = BundleSession(checkpoint.folder, provider=provider or default_provider())
+        runners[ONNX] = lambda: nullcontext(session)
+    return runners, manifest.schedule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from voidprune.execution.manifest import Manifest, Parity
@@ -24,14 +24,21 @@ def export_model(
     provider: str | None = None,
     overwrite: bool = False,
     seed: int = 0,
+    accept: Callable[[Path], None] | None = None,
 ) -> Manifest:
-    """Export a bundle, verified against the source model before it is published. Raises every VoidpruneError of the way."""
+    """Export a bundle, verified against the source model before it is published. Raises every VoidpruneError of the way.
+
+    `accept` gets the staged folder once it is verified, and may refuse it by raising: `gates.gate_bundle`.
+    """
     provider = provider or default_provider()
     dtype = precision_name(checkpoint.dtype) if precision == "keep" else precision
 
     def verify(stage: Path) -> Parity:
         source = load_model(checkpoint.folder, dtype=dtype, device="cuda" if provider == "cuda" else "cpu")
-        return check_bundle(stage, source=source, schedule=schedule, provider=provider, seed=seed)
+        parity = check_bundle(stage, source=source, schedule=schedule, provider=provider, seed=seed)
+        if accept is not None:
+            accept(stage)
+        return parity
 
     return export_bundle(
         checkpoint,

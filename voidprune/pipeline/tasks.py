@@ -34,3 +34,8 @@ def find_rows(name: str, *, num_items: int | None = None, split: str = "evaluati
     if not Path(name).exists():
         raise DatasetError(f"there is no task or file {name}", hint=f"give a file, demo, or one of {', '.join(TASKS)}")
     return read_rows(Path(name))[:num_items]
+
+
+def dataset_name(name: str) -> str:
+    """How results call what `find_rows` reads: a task by its name, a file without its folder."""
+    return name if name in ("demo", *TASKS) else Path(name).name
