@@ -272,7 +272,7 @@ def test_a_missed_gate_exits_with_3_and_still_says_what_was_measured(results: Pa
 
 def test_gates_that_cannot_be_measured_are_refused_at_once(results: Path) -> None:
     arguments = ("eval", "demo", "--num-samples", 1)
-    expect_error(*arguments, "--min-score", "history=0.5", message="no item of the task history has an answer")
+    expect_error(*arguments, "--min-score", "history=0.5", message="the task history has no score")
     expect_error(*arguments, "--max-ppl-ratio", "1.1", message="the perplexity ratio is to the whole model")
     expect_error(
         "eval", results / "slim", "--max-ppl-ratio", "1.1", message="the perplexity ratio is to the whole model"
@@ -281,6 +281,25 @@ def test_gates_that_cannot_be_measured_are_refused_at_once(results: Path) -> Non
         refused = invoke(*arguments, "--min-score", value)
         assert refused.exit_code == 2
         assert "is not a share from 0 to 1" in refused.stderr
+
+
+@pytest.mark.parametrize("option", [("--tasks", "demo"), ("--num-samples", 3), ("--max-ppl-ratio", 2)])
+def test_options_that_say_nothing_to_the_harness_are_refused(option: tuple[object, ...]) -> None:
+    refused = invoke("eval", "demo", "--harness", "boolq", *option)
+    assert refused.exit_code == 2
+    assert f"{option[0]} does not go with --harness" in refused.stderr
+
+
+def test_options_of_the_harness_go_with_it_alone() -> None:
+    refused = invoke("eval", "demo", "--limit", 3)
+    assert refused.exit_code == 2
+    assert "--limit goes with --harness" in refused.stderr
+
+
+def test_the_harness_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # an import of it fails, installed or not
+    refused = expect_error("eval", "demo", "--harness", "boolq", message="lm-evaluation-harness is not installed")
+    assert "pip install 'voidprune[eval]'" in refused.stderr
 
 
 def test_export_publishes_nothing_that_misses_its_gate(results: Path, tmp_path: Path) -> None:

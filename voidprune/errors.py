@@ -63,6 +63,10 @@ class RuntimeProviderError(VoidpruneError):
     """onnxruntime cannot run what it was asked to run on the provider that was asked for."""
 
 
+class MissingExtraError(VoidpruneError):
+    """What was asked for needs a package that comes with an extra of voidprune. The hint is the command to install it."""
+
+
 class ContextLengthError(VoidpruneError):
     """A request needs more positions than the K/V buffers or the model have."""
 

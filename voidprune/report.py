@@ -69,6 +69,7 @@ def describe(path: Path) -> tuple[artifacts.Document, list[Any]]:
 
 _RESULTS: dict[str, Callable[[artifacts.Document], Any]] = {
     "evaluation": tables.evaluation_table,
+    "harness": tables.harness_table,
     "benchmark": tables.benchmark_table,
     "comparison": tables.comparison_table,
 }

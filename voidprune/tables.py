@@ -268,6 +268,36 @@ def _format_share(found: Mapping[str, Any]) -> str:
     return f"{found['share']:.1%} [{low * 100:.0f}-{high * 100:.0f}]"
 
 
+def harness_table(document: Mapping[str, Any]) -> Group:
+    """Every metric of every task, runner by runner, then the last one beside the whole model, where that ran."""
+    runners: Sequence[Mapping[str, Any]] = document["runners"]
+    last = runners[-1]
+    cut = sum(runner["num_cut_contexts"] for runner in runners)
+    table = Table(
+        title=f"lm_eval on {document['model']}",
+        caption="95 % intervals" + (f"; {cut} contexts were cut on the left to fit" if cut else ""),
+    )
+    against = Table(title=f"{last['name']} against the whole model, item by item")
+    table.add_column("task, metric")
+    for runner in runners:
+        table.add_column(runner["name"], justify="right", no_wrap=True)
+    for column in ("task, metric", "difference", "95 % interval", "p"):
+        against.add_column(column, justify="left" if column == "task, metric" else "right", no_wrap=" " not in column)
+    for name, task in last["tasks"].items():
+        for metric, judged in task["metrics"].items():
+            label = f"{name} {metric.removesuffix(',none')}"
+            found = [runner["tasks"][name]["metrics"][metric] for runner in runners]
+            table.add_row(label, *(f"{one['value']:.6g}" for one in found))
+            if judged["interval"] is not None:
+                intervals = ["[{:.3f}-{:.3f}]".format(*one["interval"]) for one in found]
+                table.add_row(f"  {task['num_items']} items", *intervals)
+            if (difference := judged["against_whole"]) is not None:
+                p_value = "" if difference["p_value"] is None else f"{difference['p_value']:.2g}"
+                interval = _format_interval(difference["interval"], "{:+.3f}")
+                against.add_row(label, f"{difference['difference']:+.4f}", interval, p_value)
+    return Group(table, against) if against.row_count else Group(table)
+
+
 def free_part_table(free: FreePart) -> Table:
     """What can go at no loss: the schedule, and each phase apart where both were cut."""
     table = Table(

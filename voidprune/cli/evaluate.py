@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from voidprune.cli.options import (
     gate_options,
@@ -37,12 +41,20 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @gate_options
+@click.option("--harness", metavar="TASK[,TASK]", help="Tasks of lm-evaluation-harness, in place of --tasks.")
+@click.option("--include-path", type=click.Path(path_type=Path), help="Harness: a folder with more tasks.")
+@click.option("--limit", type=click.IntRange(min=1), help="Harness: the first items of each task.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Harness: worked examples before each item.")
+@click.option("--apply-chat-template", is_flag=True, help="Harness: contexts as messages of a user.")
 @provider_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result as JSON.")
 @overwrite_option
 @json_option
 @quiet_option
+@click.pass_context
 def evaluate(
+    context: click.Context,
+    /,
     model: str,
     tasks: str,
     schedule_file: Path | None,
@@ -52,6 +64,11 @@ def evaluate(
     batch_size: int,
     min_scores: tuple[tuple[str | None, float], ...],
     max_ppl_ratio: float | None,
+    harness: str | None,
+    include_path: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    apply_chat_template: bool,
     provider: str | None,
     output: Path | None,
     overwrite: bool,
@@ -60,37 +77,78 @@ def evaluate(
 ) -> None:
     """Quality, with intervals: whole model, reference under a schedule, ONNX bundle, item by item.
 
-    Perplexity of given responses and agreement with the whole model, multiple choice, exact match of generated answers.
+    Perplexity of given responses and agreement with the whole model, multiple choice, exact match of generated answers; or tasks of
+    lm-evaluation-harness.
 
     \b
       voidprune eval slim --baseline MODEL --tasks items.jsonl --min-score 0.9 --max-ppl-ratio 1.05
+      voidprune eval slim --baseline MODEL --harness boolq,arc_easy --limit 200
     """
     from voidprune import artifacts
-    from voidprune.pipeline.evaluation import evaluate_model
-    from voidprune.pipeline.tasks import dataset_name, find_rows
     from voidprune.schedule import read_schedule
-    from voidprune.tables import evaluation_table
 
+    _refuse_strangers(context, harness is not None)
     if output is not None:
         artifacts.check_output_file(output, overwrite=overwrite)
-    rows = find_rows(tasks, num_items=num_samples)
     gates = gates_of(min_scores, max_ppl_ratio)
-    gates.check_rows(rows, has_whole=baseline is not None or schedule_file is not None)
-    found = evaluate_model(
+    schedule = None if schedule_file is None else read_schedule(schedule_file)
+    if harness is not None:
+        from voidprune.pipeline.harness import run_harness
+        from voidprune.tables import harness_table
+
+        with contextlib.ExitStack() as stack:
+            if quiet or not sys.stderr.isatty():  # lm_eval draws bars of its own, whatever is asked of it
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            found = run_harness(
+                model,
+                harness.split(","),
+                schedule=schedule,
+                baseline=baseline,
+                include_path=include_path,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=apply_chat_template,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                provider=provider,
+                track=progress_bars(quiet),
+            )
+        outcome = found.to_document()
+        write_result(output, outcome, overwrite=overwrite)
+        show_result(outcome, harness_table, outcome, as_json=as_json)
+        gates.check_scores(found.scores, what=f"{found.model} ({found.judged})")
+        return
+    from voidprune.pipeline.evaluation import evaluate_model
+    from voidprune.pipeline.tasks import dataset_name, find_rows
+    from voidprune.tables import evaluation_table
+
+    rows = find_rows(tasks, num_items=num_samples)
+    gates.check_rows(rows, has_whole=baseline is not None or schedule is not None)
+    report = evaluate_model(
         model,
         rows,
         dataset=dataset_name(tasks),
-        schedule=None if schedule_file is None else read_schedule(schedule_file),
+        schedule=schedule,
         baseline=baseline,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         provider=provider,
         track=progress_bars(quiet),
     )
-    outcome = found.to_document()
+    outcome = report.to_document()
     write_result(output, outcome, overwrite=overwrite)
     show_result(outcome, evaluation_table, outcome, as_json=as_json)
-    gates.check(found)
+    gates.check(report)
+
+
+def _refuse_strangers(context: click.Context, with_harness: bool) -> None:
+    """Options that would say nothing are usage errors."""
+    ours = ("tasks", "num_samples", "max_ppl_ratio")
+    theirs = ("include_path", "limit", "num_fewshot", "apply_chat_template")
+    for name in ours if with_harness else theirs:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{option} {'does not go' if with_harness else 'goes'} with --harness")
 
 
 def gate_export(

@@ -30,15 +30,7 @@ class Gates:
 
     def check_rows(self, rows: Sequence[Row], *, has_whole: bool) -> None:
         """Say before hours of work that a gate could not be measured. Raises DatasetError, ModelError."""
-        tasks = list(dict.fromkeys(row.group for row in rows if row.answer is not None))
-        for task in self.min_scores:
-            if task not in tasks:
-                raise DatasetError(
-                    f"no item of the task {task} has an answer, so it has no score",
-                    hint=f"tasks with a score: {', '.join(tasks) or 'none'}",
-                )
-        if self.min_score is not None and not tasks:
-            raise DatasetError("no item has an answer, so there is no score", hint="leave --min-score out")
+        self.check_tasks(list(dict.fromkeys(row.group for row in rows if row.answer is not None)))
         if self.max_ppl_ratio is None:
             return
         if not any(row.response is not None or row.text is not None for row in rows):
@@ -49,27 +41,51 @@ class Gates:
                 hint="give --baseline for a bundle, --schedule for a whole model",
             )
 
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Raise DatasetError where a score is asked for that none of `tasks`, those with a score, has."""
+        for task in self.min_scores:
+            if task not in tasks:
+                raise DatasetError(
+                    f"the task {task} has no score", hint=f"tasks with a score: {', '.join(tasks) or 'none'}"
+                )
+        if self.min_score is not None and not tasks:
+            raise DatasetError("no task has a score", hint="leave --min-score out")
+
     def check(self, report: EvaluationReport, *, consequence: str = "") -> None:
         """Raise QualityGateError with every gate that the judged runner misses. `consequence` is told in the hint."""
-        missed = []
-        for task, accuracy in report.evaluations[report.judged].accuracy.items():
-            asked = self.min_scores.get(task, self.min_score)
-            if asked is not None and accuracy.share < asked:
-                missed.append(f"{task} scores {accuracy.share:.4f}, asked is at least {asked:g}")
+        comparison = report.compare(report.judged)
+        ratio = None if comparison is None else comparison.perplexity_ratio
+        missed = self._missed_scores(
+            {task: accuracy.share for task, accuracy in report.evaluations[report.judged].accuracy.items()}
+        )
         if self.max_ppl_ratio is not None:
-            comparison = report.compare(report.judged)
-            assert comparison is not None, "check_rows has refused it"
-            assert comparison.perplexity_ratio is not None, "check_rows has refused it"
-            measured = comparison.perplexity_ratio.value
-            if not measured <= self.max_ppl_ratio:
+            assert ratio is not None, "check_rows has refused it"
+            if not ratio.value <= self.max_ppl_ratio:
                 missed.append(
-                    f"perplexity is {measured:.4f} times that of the whole model, asked is at most {self.max_ppl_ratio:g}"
+                    f"perplexity is {ratio.value:.4f} times that of the whole model, asked is at most {self.max_ppl_ratio:g}"
                 )
-        if missed:
-            raise QualityGateError(
-                f"{report.model} ({report.judged}) misses its gate: {'; '.join(missed)}",
-                hint=f"{consequence}; {QualityGateError.usual_hint}" if consequence else None,
-            )
+        _refuse(missed, f"{report.model} ({report.judged})", consequence)
+
+    def check_scores(self, scores: Mapping[str, float], *, what: str) -> None:
+        """The same for scores by task alone. Raises DatasetError too, where a task that a gate names has none."""
+        self.check_tasks(list(scores))
+        _refuse(self._missed_scores(scores), what, "")
+
+    def _missed_scores(self, scores: Mapping[str, float]) -> list[str]:
+        missed = []
+        for task, score in scores.items():
+            asked = self.min_scores.get(task, self.min_score)
+            if asked is not None and not score >= asked:
+                missed.append(f"{task} scores {score:.4f}, asked is at least {asked:g}")
+        return missed
+
+
+def _refuse(missed: Sequence[str], what: str, consequence: str) -> None:
+    if missed:
+        raise QualityGateError(
+            f"{what} misses its gate: {'; '.join(missed)}",
+            hint=f"{consequence}; {QualityGateError.usual_hint}" if consequence else None,
+        )
 
 
 def gate_bundle(

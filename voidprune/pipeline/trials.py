@@ -18,7 +18,7 @@ from voidprune.pipeline.progress import Track, untracked
 from voidprune.planning.objectives import Grader, Grades, LossObjective, TaskObjective, group_samples
 from voidprune.profiling.calibration import Row, Sample, encode_rows, fingerprint_samples
 from voidprune.profiling.tracing import generate_responses
-from voidprune.quality.evaluation import answer_of
+from voidprune.quality.metrics import answer_of
 from voidprune.schedule import Schedule
 
 

@@ -68,7 +68,7 @@ def measure_agreement(
     sums = {name: np.zeros((len(scored), 2)) for name in others}
     with whole() as runner:
         vocab_size = runner.vocab_size
-    for indices in _batches(lengths, batch_size=batch_size, max_tokens=max(1, PREDICTED_VALUES // vocab_size)):
+    for indices in batches(lengths, batch_size=batch_size, max_tokens=max(1, PREDICTED_VALUES // vocab_size)):
         prompts = [scored[index].prompt for index in indices]
         responses = [scored[index].response or () for index in indices]
         with whole() as runner:
@@ -91,7 +91,7 @@ def measure_agreement(
     return {name: Agreement(found[:, 0], found[:, 1], num_tokens) for name, found in sums.items()}
 
 
-def _batches(lengths: Sequence[int], *, batch_size: int, max_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], *, batch_size: int, max_tokens: int) -> Iterator[list[int]]:
     """Indices of items of like length, at most `max_tokens` tokens together, and always one item."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -99,7 +99,8 @@ def _batches(lengths: Sequence[int], *, batch_size: int, max_tokens: int) -> Ite
             yield batch
             batch = []
         batch.append(index)
-    yield batch
+    if batch:
+        yield batch
 
 
 def _compare(
