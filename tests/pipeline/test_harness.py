@@ -120,5 +120,7 @@ def test_from_the_command_line_with_a_gate(tasks: Path, tmp_path: Path) -> None:
 def test_unknown_and_broken_tasks_are_named(tasks: Path) -> None:
     with pytest.raises(DatasetError, match="lm_eval knows no task nonsense"):
         run_harness("demo", ["nonsense"], include_path=tasks)
+    with pytest.raises(DatasetError, match="there is no folder"):
+        run_harness("demo", ["vp_choice"], include_path=tasks / "absent")
     with pytest.raises(DatasetError, match=r"lm_eval cannot load vp_broken: .*absent"):
         run_harness("demo", ["vp_broken"], include_path=tasks)

@@ -159,10 +159,9 @@ def run_harness(
     from voidprune.quality.harness import PhasedLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    _load_tasks(
-        manager, tasks, num_fewshot=num_fewshot, seed=seed
-    )  # what is wrong with them is known before a model is loaded
+    manager = _find_tasks(TaskManager, tasks, include_path)
+    names = manager.match_tasks(list(tasks))
+    _load_tasks(manager, names, num_fewshot=num_fewshot, seed=seed)  # before a model is loaded
     checkpoint = open_model(name)
     tokenizer, ends = load_tokenizer(checkpoint.folder), end_tokens(checkpoint.folder)
     if apply_chat_template and getattr(tokenizer, "chat_template", None) is None:
@@ -185,7 +184,7 @@ def run_harness(
             )
             outcome = lm_eval.evaluate(
                 model,
-                _load_tasks(manager, tasks, num_fewshot=num_fewshot, seed=seed),
+                _load_tasks(manager, names, num_fewshot=num_fewshot, seed=seed),
                 limit=limit,
                 apply_chat_template=apply_chat_template,
                 fewshot_as_multiturn=apply_chat_template,
@@ -210,18 +209,46 @@ def run_harness(
     )
 
 
-def _load_tasks(manager: Any, tasks: Sequence[str], *, num_fewshot: int | None, seed: int) -> Any:
-    """Fresh tasks, because a run leaves its requests in them.
+def _find_tasks(make_manager: Any, tasks: Sequence[str], include_path: Path | None) -> Any:
+    """A manager that knows the tasks, by name or pattern.
 
-    Does what `lm_eval.simple_evaluate` does, which also asks git who we are. A task that says it has no worked examples keeps to
-    it, whatever `num_fewshot` says.
+    Of `include_path` alone where that has them all, because lm_eval reads thousands of files to know its own.
     """
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise DatasetError(
+                f"there is no folder {include_path}", hint="give the folder that holds the tasks' YAML files"
+            )
+        own = make_manager(include_path=str(include_path), include_defaults=False)
+        if all(own.match_tasks([task]) for task in tasks) and _is_complete(own, tasks):
+            return own
+    manager = make_manager(include_path=None if include_path is None else str(include_path))
     for task in tasks:
         if not manager.match_tasks([task]):
             raise DatasetError(
                 f"lm_eval knows no task {task}",
                 hint="lm_eval ls tasks lists them; --include-path adds a folder of your own",
             )
+    return manager
+
+
+def _is_complete(manager: Any, tasks: Sequence[str]) -> bool:
+    """Whether a manager knows all that the tasks consist of: a group of one's own may name tasks of lm_eval's."""
+    try:
+        manager.load(manager.match_tasks(list(tasks)))
+    except (KeyError, ValueError):
+        return False
+    except OSError:  # the data: `_load_tasks` says so
+        return True
+    return True
+
+
+def _load_tasks(manager: Any, tasks: Sequence[str], *, num_fewshot: int | None, seed: int) -> Any:
+    """Fresh tasks, because a run leaves its requests in them.
+
+    Does what `lm_eval.simple_evaluate` does, which also asks git who we are. A task that says it has no worked examples keeps to
+    it, whatever `num_fewshot` says.
+    """
     try:
         loaded = manager.load(list(tasks))
     except (OSError, ValueError, KeyError, TypeError) as error:  # what datasets and yaml make of a bad task
