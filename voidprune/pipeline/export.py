@@ -34,8 +34,14 @@ def export_model(
     dtype = precision_name(checkpoint.dtype) if precision == "keep" else precision
 
     def verify(stage: Path) -> Parity:
-        source = load_model(checkpoint.folder, dtype=dtype, device="cuda" if provider == "cuda" else "cpu")
-        parity = check_bundle(stage, source=source, schedule=schedule, provider=provider, seed=seed)
+        device = "cuda" if provider == "cuda" else "cpu"
+        parity = check_bundle(
+            stage,
+            source=load_model(checkpoint.folder, dtype=dtype, device=device),  # in no variable: free again for `accept`
+            schedule=schedule,
+            provider=provider,
+            seed=seed,
+        )
         if accept is not None:
             accept(stage)
         return parity
