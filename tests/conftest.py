@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.tiny_models import SHAPES, TinyModel, build_model
+from tests.tiny_models import GRAPH_SHAPES, SHAPES, TinyModel, build_model
 from voidprune.execution.manifest import Manifest, Parity
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
@@ -87,8 +87,14 @@ def get_model(tmp_path_factory: pytest.TempPathFactory) -> GetModel:
     return get
 
 
-@pytest.fixture(scope="session", params=sorted(SHAPES))
+@pytest.fixture(scope="session", params=sorted(GRAPH_SHAPES))
 def tiny_model(request: pytest.FixtureRequest, get_model: GetModel) -> TinyModel:
+    """Every shape of every family of which graphs are authored, in turn."""
+    return get_model(request.param)
+
+
+@pytest.fixture(scope="session", params=sorted(SHAPES))
+def family_model(request: pytest.FixtureRequest, get_model: GetModel) -> TinyModel:
     """Every shape of every family in turn."""
     return get_model(request.param)
 

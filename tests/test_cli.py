@@ -364,10 +364,14 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
 
 
 def test_families_are_listed() -> None:
-    from voidprune.models.families import FAMILIES
+    from voidprune.models.families import FAMILIES, REFUSED
 
     lines = invoke("families").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list(FAMILIES)
+    assert [line.split()[0] for line in lines] == [*FAMILIES, *REFUSED]
+    for line in lines:
+        name, _, said = line.partition(" ")
+        expected = " ".join(FAMILIES[name].formats) if name in FAMILIES else "refused"
+        assert said.lstrip().startswith(f"{expected} ")
 
 
 def test_the_demo_model_is_small_enough() -> None:

@@ -32,9 +32,88 @@ BASE: Mapping[str, Any] = {
     "pad_token_id": 0,
 }
 
+LITTLE: Mapping[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
+EXPERTS: Mapping[str, Any] = {**LITTLE, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT: Mapping[str, Any] = {
+    **EXPERTS,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 2,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+MIXED_LAYERS = [SLIDING, FULL, FULL, SLIDING, SLIDING, FULL]
+LONG_AND_SHORT = {"rope_theta": 5000.0, "rope_type": "default"}, {"rope_theta": 300.0, "rope_type": "default"}
+VISION: Mapping[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+# What a family needs to be tiny, and the fields that matter set: windows, kinds of layers, dense layers among experts.
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {**LITTLE, "head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
+    "gemma": {**LITTLE, "head_dim": 8, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {**LITTLE, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **LITTLE,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 8,
+        "layer_types": MIXED_LAYERS,
+        "rope_parameters": {FULL: LONG_AND_SHORT[0], SLIDING: LONG_AND_SHORT[1]},
+    },
+    "gemma3": {
+        "text_config": {**LITTLE, "head_dim": 8, "sliding_window": 4, "layer_types": MIXED_LAYERS},
+        "vision_config": VISION,
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 97,
+        "eoi_token_index": 98,
+        "image_token_index": 99,
+    },
+    "phi3": {**LITTLE, "sliding_window": 5},
+    "granite": {
+        **LITTLE,
+        "residual_multiplier": 0.6,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 0.5,
+    },
+    "smollm3": {
+        **LITTLE,
+        "no_rope_layers": [1, 0, 1, 1, 0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 4,
+    },
+    "olmo2": LITTLE,
+    "olmo3": {**LITTLE, "sliding_window": 4},
+    "cohere": {**LITTLE, "use_qk_norm": True, "logit_scale": 1.0},
+    "cohere2": {**LITTLE, "sliding_window": 4, "layer_types": MIXED_LAYERS, "logit_scale": 1.0},
+    "glm4": {**LITTLE, "head_dim": 8},
+    "starcoder2": {**LITTLE, "sliding_window": 5},
+    "stablelm": {**LITTLE, "head_dim": 8, "use_qkv_bias": True, "qk_layernorm": True},
+    "exaone4": {**LITTLE, "sliding_window": 4, "sliding_window_pattern": 3},
+    "mixtral": {**LITTLE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8, "num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    "gpt_oss": {**LITTLE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": {**LATENT, "n_group": 2, "topk_group": 1},
+}
+
 # Each family as it is, then what its members may differ in: name -> (model_type, config fields).
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{model_type: (model_type, {}) for model_type in FAMILIES},
+    **{model_type: (model_type, dict(FAMILY_FIELDS[model_type])) for model_type in FAMILIES},
     "llama-tied-small-heads": ("llama", {"hidden_size": 32, "head_dim": 8, "tie_word_embeddings": True}),
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3}),
     "llama-wide-heads": ("llama", {"hidden_size": 48, "num_attention_heads": 2, "head_dim": 32, "vocab_size": 128}),
@@ -57,7 +136,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window-fused-rope": ("mistral", {"sliding_window": 5}),
     "qwen2-tied": ("qwen2", {"hidden_size": 32, "tie_word_embeddings": True}),
     "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}),
+    "stablelm-parallel": ("stablelm", {**LITTLE, "use_parallel_residual": True}),
+    "phi3-partly-rotated": (
+        "phi3",
+        {**LITTLE, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "exaone4-no-windows": ("exaone4", {**LITTLE, "sliding_window": None, "layer_types": [FULL] * NUM_LAYERS}),
+    "deepseek_v2-one-query": ("deepseek_v2", {**LATENT, "q_lora_rank": None, "first_k_dense_replace": 4}),
 }
+GRAPH_SHAPES = [name for name, (model_type, _) in SHAPES.items() if FAMILIES[model_type].graph is not None]
 
 
 @dataclass(frozen=True)
@@ -87,11 +174,16 @@ def build_model(name: str, folder: Path, **overrides: Any) -> TinyModel:
         rope = dict(fields["rope_parameters"])
         fields = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**BASE, **fields, **overrides}))
+    if "text_config" in fields:
+        fields = {**fields, "text_config": {**BASE, **fields["text_config"], **overrides}}
+        config = AutoConfig.for_model(model_type, **fields)
+    else:
+        config = AutoConfig.for_model(model_type, **{**BASE, **fields, **overrides})
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             # transformers starts norms at one and biases at zero: swapping or forgetting one would not show.
-            if parameter_name.endswith(".bias"):
+            if parameter_name.endswith("bias"):
                 parameter.normal_(std=0.3)
             elif parameter.ndim == 1:
                 parameter.normal_(mean=1.0, std=0.3)

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from tests.strategies import schedules
 from tests.tiny_models import NUM_LAYERS, TinyModel
 from voidprune.execution import reference
-from voidprune.execution.reference import decode_mask, scheduled
+from voidprune.execution.reference import decode_mask, decoder_layers, scheduled
 from voidprune.export.hf_checkpoint import write_slim_checkpoint
 from voidprune.models.pretrained import load_model
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, dropped_schedule, full_schedule
@@ -45,12 +45,12 @@ def mask(tokens_BT: Tensor, schedule: Schedule, *, num_prompt_tokens: int) -> Te
 
 
 @pytest.mark.parametrize("boundary", Boundary)
-def test_full_is_bitwise_the_stock_model(tiny_model: TinyModel, boundary: Boundary) -> None:
-    model, tokens_BT = tiny_model.model, random_tokens(tiny_model, 2, 11)
+def test_full_is_bitwise_the_stock_model(family_model: TinyModel, boundary: Boundary) -> None:
+    model, tokens_BT = family_model.model, random_tokens(family_model, 2, 11)
     ours, theirs = DynamicCache(), DynamicCache()
     expected = [stock(model, tokens_BT[:, :7], past_key_values=theirs)]
     expected += [stock(model, tokens_BT[:, step : step + 1], past_key_values=theirs) for step in range(7, 11)]
-    schedule = full_schedule(tiny_model.identity, boundary=boundary)
+    schedule = full_schedule(family_model.identity, boundary=boundary)
     with scheduled(model, schedule) as running:
         is_decode_BT = mask(tokens_BT[:, :7], schedule, num_prompt_tokens=7)
         found = [running.forward(tokens_BT[:, :7], is_decode_BT=is_decode_BT, cache=ours)]
@@ -62,13 +62,13 @@ def test_full_is_bitwise_the_stock_model(tiny_model: TinyModel, boundary: Bounda
         assert torch.equal(got, wanted)
 
 
-def test_full_generation_is_the_stock_model_s(tiny_model: TinyModel) -> None:
-    prompt = random_tokens(tiny_model, 1, 5)
+def test_full_generation_is_the_stock_model_s(family_model: TinyModel) -> None:
+    prompt = random_tokens(family_model, 1, 5)
     with torch.inference_mode():
-        expected = tiny_model.model.generate(
+        expected = family_model.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
         )
-    with scheduled(tiny_model.model, full_schedule(tiny_model.identity)) as running:
+    with scheduled(family_model.model, full_schedule(family_model.identity)) as running:
         assert running.generate(prompt.tolist(), max_new_tokens=12) == expected[:, 5:].tolist()
 
 
@@ -76,16 +76,17 @@ def test_full_generation_is_the_stock_model_s(tiny_model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("dropped", [{0}, {5}, {1, 2, 4}, {0, 1, 2, 3, 4}])
-def test_dropped_is_skipped_in_both_phases(tiny_model: TinyModel, tmp_path: Path, dropped: set[int]) -> None:
-    schedule = dropped_schedule(tiny_model.identity, dropped)
-    write_slim_checkpoint(tiny_model.checkpoint, schedule.union, tmp_path)
+def test_dropped_is_skipped_in_both_phases(family_model: TinyModel, tmp_path: Path, dropped: set[int]) -> None:
+    schedule = dropped_schedule(family_model.identity, dropped)
+    write_slim_checkpoint(family_model.checkpoint, schedule.union, tmp_path)
     slim = load_model(tmp_path)
-    assert len(slim.model.layers) == NUM_LAYERS - len(dropped)
-    tokens_BT = random_tokens(tiny_model, 2, 12)
-    with scheduled(tiny_model.model, schedule) as running:
+    modules = family_model.checkpoint.architecture.spec.modules
+    assert len(decoder_layers(slim, modules)) == NUM_LAYERS - len(dropped)
+    tokens_BT = random_tokens(family_model, 2, 12)
+    with scheduled(family_model.model, schedule) as running:
         skipped = running.forward(tokens_BT, is_decode_BT=mask(tokens_BT, schedule, num_prompt_tokens=6))
     assert torch.equal(skipped, stock(slim, tokens_BT))
-    assert not torch.allclose(skipped, stock(tiny_model.model, tokens_BT), atol=1e-2), "dropping layers must matter"
+    assert not torch.allclose(skipped, stock(family_model.model, tokens_BT), atol=1e-2), "dropping layers must matter"
 
 
 # ---- against a loop by hand
@@ -162,13 +163,13 @@ def test_boundary_says_whose_the_last_prompt_token_is(
 
 @settings(max_examples=3)
 @given(data=st.data())
-def test_one_pass_equals_prefill_then_cached_decode(tiny_model: TinyModel, data: st.DataObject) -> None:
-    schedule = data.draw(schedules(tiny_model.identity))
+def test_one_pass_equals_prefill_then_cached_decode(family_model: TinyModel, data: st.DataObject) -> None:
+    schedule = data.draw(schedules(family_model.identity))
     num_prompt_tokens = data.draw(st.sampled_from([1, 2, 9]))
-    tokens_BT = random_tokens(tiny_model, 2, 14)
+    tokens_BT = random_tokens(family_model, 2, 14)
     is_decode_BT = mask(tokens_BT, schedule, num_prompt_tokens=num_prompt_tokens)
     cache, pieces = DynamicCache(), []
-    with scheduled(tiny_model.model, schedule) as running:
+    with scheduled(family_model.model, schedule) as running:
         whole = running.forward(tokens_BT, is_decode_BT=is_decode_BT)
         bounds = [0, *range(num_prompt_tokens, 15)]
         for begin, end in itertools.pairwise(bounds):
@@ -226,10 +227,10 @@ def test_hooks_are_removed_after_an_error(llama: TinyModel) -> None:
 
 @settings(max_examples=3)
 @given(data=st.data())
-def test_padded_batch_generates_what_each_row_generates(tiny_model: TinyModel, data: st.DataObject) -> None:
-    schedule = data.draw(schedules(tiny_model.identity))
-    prompts = [random_tokens(tiny_model, length, seed=length).tolist() for length in (7, 1, 3)]
-    with scheduled(tiny_model.model, schedule) as running:
+def test_padded_batch_generates_what_each_row_generates(family_model: TinyModel, data: st.DataObject) -> None:
+    schedule = data.draw(schedules(family_model.identity))
+    prompts = [random_tokens(family_model, length, seed=length).tolist() for length in (7, 1, 3)]
+    with scheduled(family_model.model, schedule) as running:
         together = running.generate(prompts, max_new_tokens=10)
         assert together == [running.generate([prompt], max_new_tokens=10)[0] for prompt in prompts]
     assert all(len(response) == 10 for response in together)
@@ -248,11 +249,11 @@ def test_generation_stops_at_the_end_token_of_each_row(llama: TinyModel) -> None
 
 @settings(max_examples=3)
 @given(data=st.data())
-def test_score_is_the_log_softmax_of_each_row_alone(tiny_model: TinyModel, data: st.DataObject) -> None:
-    schedule = data.draw(schedules(tiny_model.identity))
-    prompts = [random_tokens(tiny_model, length, seed=length).tolist() for length in (1, 6)]
-    responses = [random_tokens(tiny_model, length, seed=length).tolist() for length in (5, 2)]
-    with scheduled(tiny_model.model, schedule) as running:
+def test_score_is_the_log_softmax_of_each_row_alone(family_model: TinyModel, data: st.DataObject) -> None:
+    schedule = data.draw(schedules(family_model.identity))
+    prompts = [random_tokens(family_model, length, seed=length).tolist() for length in (1, 6)]
+    responses = [random_tokens(family_model, length, seed=length).tolist() for length in (5, 2)]
+    with scheduled(family_model.model, schedule) as running:
         scores = running.score(prompts, responses)
         for prompt, response, found in zip(prompts, responses, scores, strict=True):
             tokens_BT = torch.tensor([prompt + response])

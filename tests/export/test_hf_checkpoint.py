@@ -39,24 +39,37 @@ def slim(source: Path, folder: Path, *, kept: tuple[int, ...] = KEPT, precision:
     return folder
 
 
-def test_stock_transformers_loads_every_tensor(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder = slim(tiny_model.folder, tmp_path / "slim")
+def test_stock_transformers_loads_every_tensor(family_model: TinyModel, tmp_path: Path) -> None:
+    folder = slim(family_model.folder, tmp_path / "slim")
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert model.config.num_hidden_layers == len(KEPT)
-    source = tiny_model.model.state_dict()
+    assert model.config.get_text_config().num_hidden_layers == len(KEPT)
+    source = family_model.model.state_dict()
+    layers = family_model.checkpoint.architecture.spec.modules.layers
     for name, tensor in model.state_dict().items():
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            parts[2] = str(KEPT[int(parts[2])])
-        assert torch.equal(tensor, source[".".join(parts)]), name
+        if name.startswith(layers):
+            number, _, rest = name.removeprefix(f"{layers}.").partition(".")
+            name = f"{layers}.{KEPT[int(number)]}.{rest}"
+        assert torch.equal(tensor, source[name]), name
 
 
-def test_config_says_only_what_changed(tiny_model: TinyModel, tmp_path: Path) -> None:
-    before = read_json(tiny_model.folder / "config.json")
-    after = read_json(slim(tiny_model.folder, tmp_path / "slim") / "config.json")
+def test_config_says_only_what_changed(family_model: TinyModel, tmp_path: Path) -> None:
+    spec = family_model.checkpoint.architecture.spec
+    before = read_json(family_model.folder / "config.json")
+    after = read_json(slim(family_model.folder, tmp_path / "slim") / "config.json")
+    if spec.text_config is not None:
+        text_before, text_after = before.pop(spec.text_config), after.pop(spec.text_config)
+        assert before == after
+        before, after = text_before, text_after
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed <= {"num_hidden_layers", "layer_types", "max_window_layers", "rope_theta", "rope_scaling"}
+    spelled_twice = {
+        "rope_theta",
+        "rope_scaling",
+        "partial_rotary_factor",
+        spec.local_rope_theta,
+        *sum(spec.aliases, ()),
+    }
+    assert changed <= spec.per_layer.keys() | spelled_twice
     assert after["num_hidden_layers"] == len(KEPT)
 
 
@@ -156,9 +169,9 @@ def test_unknown_layer_field_is_refused(spoilable: Path, tmp_path: Path) -> None
         slim(spoilable, tmp_path / "slim")
 
 
-def test_slimming_twice_is_slimming_once(tiny_model: TinyModel, tmp_path: Path) -> None:
-    once = slim(tiny_model.folder, tmp_path / "once", kept=(1, 5))
-    first = slim(tiny_model.folder, tmp_path / "first", kept=(0, 1, 4, 5))
+def test_slimming_twice_is_slimming_once(family_model: TinyModel, tmp_path: Path) -> None:
+    once = slim(family_model.folder, tmp_path / "once", kept=(1, 5))
+    first = slim(family_model.folder, tmp_path / "first", kept=(0, 1, 4, 5))
     twice = slim(first, tmp_path / "twice", kept=(1, 3))
     assert {path.name for path in once.iterdir()} == {path.name for path in twice.iterdir()}
     for path in once.iterdir():

@@ -31,7 +31,9 @@ from voidprune.cli.plan import print_plan
 @output_option("Folder", required=False)
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="A schedule made by plan.")
 @click.option("--profile", "profile_file", type=click.Path(path_type=Path), help="A profile to plan from.")
-@click.option("--format", "formats", type=click.Choice(["hf", "onnx"]), multiple=True, help="Default: both.")
+@click.option(
+    "--format", "formats", type=click.Choice(["hf", "onnx"]), multiple=True, help="Default: all that the family has."
+)
 @click.option("--precision", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
 @budget_options
 @trial_options
@@ -77,7 +79,7 @@ def export(
     from voidprune.execution.manifest import FILE
     from voidprune.models.checkpoint import PRECISIONS
     from voidprune.models.sizes import measure_sizes
-    from voidprune.pipeline.export import export_model
+    from voidprune.pipeline.export import default_formats, export_model
     from voidprune.pipeline.models import open_model
     from voidprune.pipeline.plan import Planned, plan_from_model
     from voidprune.profiling.profile import read_profile
@@ -111,6 +113,10 @@ def export(
         print_plan(planned, as_json=as_json)
     if target is None:
         return
+    if not formats:
+        formats, note = default_formats(checkpoint)
+        if note is not None:
+            click.echo(note, err=True)
     accept = gate_export(
         checkpoint, min_scores, max_ppl_ratio, eval_tasks, provider=provider, as_json=as_json, quiet=quiet
     )
@@ -118,7 +124,7 @@ def export(
         checkpoint,
         planned.schedule,
         target,
-        formats=formats or ("hf", "onnx"),
+        formats=formats,
         precision=precision,
         provider=provider,
         overwrite=overwrite,

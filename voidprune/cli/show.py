@@ -31,11 +31,13 @@ def show(path: Path, as_json: bool) -> None:
 
 @click.command()
 def families() -> None:
-    """List the model families that are supported."""
-    from voidprune.models.families import FAMILIES
+    """List the model families, what is exported of each, and those that are refused."""
+    from voidprune.models.families import FAMILIES, REFUSED
 
     for spec in FAMILIES.values():
-        click.echo(f"{spec.model_type:10} {spec.title}")
+        click.echo(f"{spec.model_type:16} {' '.join(spec.formats):8} {spec.title}")
+    for model_type, reason in REFUSED.items():
+        click.echo(f"{model_type:16} {'refused':8} {reason}")
 
 
 @click.command()

@@ -25,6 +25,7 @@ from voidprune.export.genai import describe_genai
 from voidprune.export.hf_checkpoint import write_slim_checkpoint
 from voidprune.export.model_card import write_model_card
 from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, header_hash, open_checkpoint
+from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.pretrained import end_tokens
 from voidprune.schedule import Phase, Schedule
 
@@ -50,6 +51,8 @@ def export_bundle(
     because the graphs read it. Raises ScheduleError, ModelError, CheckpointError, OutputError.
     """
     schedule.check_model(source.identity, place="the schedule")
+    if "onnx" in formats:
+        describe_graph_architecture(source.config, source.architecture.spec)  # refused before anything is written
     if source.folder.resolve().is_relative_to(folder.resolve()):
         raise OutputError(f"{folder} holds the model itself", hint="choose another --output")
     with artifacts.staged_folder(folder, overwrite=overwrite, marker=manifests.FILE) as stage:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import voidprune
 from voidprune.errors import CheckpointError, ModelError
 from voidprune.models.checkpoint import Checkpoint, TensorRecord
+from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.schedule import LayerAction, Phase
 
 OPSET = 24
@@ -53,7 +54,7 @@ class GraphAuthor:
     def __init__(self, checkpoint: Checkpoint, phase: Phase, slots: Mapping[int, int]) -> None:
         """`slots`: layer -> cache slot, of the layers that write K/V in this graph. Raises ModelError, CheckpointError."""
         self.checkpoint = checkpoint
-        self.architecture = checkpoint.architecture
+        self.architecture = describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)
         self.names = self.architecture.spec.tensors
         self.phase = phase
         self.slots = slots

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from voidprune.errors import ModelError
-from voidprune.models.architecture import remap_config
 from voidprune.models.checkpoint import (
     PRECISIONS,
     WEIGHTS_FILE,
@@ -23,6 +22,7 @@ from voidprune.models.checkpoint import (
     read_json,
     read_tensor,
 )
+from voidprune.models.configs import loadable_generation_config, remap_config
 
 _TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken",
@@ -63,15 +63,11 @@ def _same_values(one: TensorRecord, other: TensorRecord) -> bool:
 
 
 def _write_generation_config(source: Path, folder: Path) -> None:
-    """Carry it over; without `do_sample`, sampling parameters are dropped, because transformers refuses the combination."""
+    """Carry it over, without what transformers refuses."""
     path = source / "generation_config.json"
     if not path.is_file():
         return
-    generation = read_json(path)
-    if not generation.get("do_sample", False):
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
-            generation.pop(name, None)
-    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "generation_config.json", loadable_generation_config(read_json(path)))
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,22 +1,20 @@
-"""How a decoder LM is described: tensor names, graph facts, and the per-layer fields of its config.
+"""How a decoder LM is described: tensor names, module paths, and the per-layer fields of its config.
 
-`FamilySpec` is what all models of one `model_type` share; `families.py` holds the literals. `DecoderArchitecture` is one model,
-read from its `config.json` with nothing left to guess. A field that could depend on the layer and that the family does not
-list is refused by name: a stale per-layer field gives a wrong model without a word.
+`FamilySpec` is what all models of one `model_type` share; `families.py` holds the literals. `DecoderArchitecture` is what a
+slim checkpoint, its sizes and its identity need to know of one model, read from its `config.json` with nothing left to guess;
+what graphs need beyond that is in `graph_architecture.py`. A field that could depend on the layer and that the family does
+not list is refused by name: a stale per-layer field gives a wrong model without a word.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from voidprune.errors import ModelError
-
-if TYPE_CHECKING:
-    import numpy as np
+from voidprune.models.layer_lists import LayerListRule
 
 Config = Mapping[str, Any]
 
@@ -31,6 +29,9 @@ class PerLayer(StrEnum):
     LIST = "list"  # one entry a layer: kept entries are taken
     INDICES = "indices"  # a list of layer numbers: filtered and renumbered, never sliced
     THRESHOLD = "threshold"  # the first layer to which something applies: kept layers below it are counted
+    PERIOD = "period"  # every n-th layer differs: said by a list instead, else refused unless 1
+    EXTRA = "extra"  # the number of further layers behind the last one (multi-token prediction): they go, set to 0
+    SHARING = "sharing"  # the number of layers that use the keys and values of others: refused unless 0
     INERT = "inert"  # "layer" is in its name only
 
 
@@ -39,12 +40,17 @@ class Windows(StrEnum):
 
     NEVER = "never"
     ALL_LAYERS = "all_layers"  # every layer, when `sliding_window` is set (Mistral)
-    LAYER_TYPES = "layer_types"  # `layer_types`, or else `use_sliding_window` from `max_window_layers` up (Qwen2)
+    LAYER_TYPES = "layer_types"  # those that the list says (Qwen2)
 
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Where the tensors of a family are. Layer tensors are `{layers}.{index}.{suffix}.weight` and `.bias`."""
+    """Where the tensors of a family are. Layer tensors are `{layers}.{index}.{suffix}.weight` and `.bias`.
+
+    The names from `attention_norm` to `down` are what graphs read. The `_parts` are beginnings of suffixes: whatever begins like
+    this belongs to attention, to the part of it that keys and values need, or to the MLP. `fused_qkv` holds q, k and v one below
+    the other; `experts` are matrices of which a token runs only some.
+    """
 
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
@@ -59,6 +65,11 @@ class TensorNames:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    attention_parts: tuple[str, ...] = ("input_layernorm", "self_attn")
+    kv_parts: tuple[str, ...] = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+    mlp_parts: tuple[str, ...] = ("post_attention_layernorm", "mlp")
+    fused_qkv: str | None = None
+    experts: str = "mlp.experts"
 
     def layer(self, index: int, suffix: str) -> str:
         return f"{self.layers}.{index}.{suffix}"
@@ -116,146 +127,123 @@ class ModulePaths:
 
 
 @dataclass(frozen=True)
+class GraphSpec:
+    """What the authored graphs ask of a family beyond its checkpoint. A bias is True, False, or the config field that says so."""
+
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    windows: Windows = Windows.NEVER
+
+
+@dataclass(frozen=True)
 class FamilySpec:
     """What all models of one `model_type` share.
 
-    A bias is True, False, or the config field that says so. `defaults` are the values that transformers assumes for a field
-    that `config.json` leaves out. `per_layer` names every config field that has to do with layers.
+    `defaults` are the values that transformers assumes for a field that `config.json` leaves out. `per_layer` names every
+    config field that has to do with layers; `layer_lists` those of them that transformers makes up when they are absent.
+    `graph` is None where no graphs are authored for the family. `text_config` is the field with the language model's part of a
+    nested config. `compressed_kv`: keys and values are cached as one latent vector (multi-head latent attention).
+
+    How transformers 4.57 spells what 5.x writes differently: `local_rope_theta` is the field for the rotary base of sliding
+    layers; `rope_scaling_fields`, where they are given, are the only fields that its `rope_scaling` may have; `aliases` are
+    pairs of names of one field.
     """
 
     model_type: str
     title: str
     per_layer: Mapping[str, PerLayer]
     defaults: Mapping[str, Any]
-    qkv_bias: bool | str = False
-    output_bias: bool | str = False
-    mlp_bias: bool | str = False
-    windows: Windows = Windows.NEVER
+    layer_lists: Mapping[str, LayerListRule] = field(default_factory=dict)
+    graph: GraphSpec | None = None
     tensors: TensorNames = field(default_factory=TensorNames)
     modules: ModulePaths = field(default_factory=ModulePaths)
+    text_config: str | None = None
+    compressed_kv: bool = False
+    local_rope_theta: str | None = None
+    rope_scaling_fields: tuple[str, ...] | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
 
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: the base, and how its frequencies are scaled.
-
-    `kind` is "default", "linear" or "llama3"; the other fields are those of transformers' `rope_parameters`.
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context_length: int = 0
-
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """`head_dim / 2` angular frequencies, radians a position, in float32 at every step as transformers does it.
-
-        Formulas: transformers `modeling_rope_utils`, `_compute_linear_scaling_rope_parameters` and
-        `_compute_llama3_parameters`.
-        """
-        import numpy as np
-
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = np.float32(1.0) / np.float32(self.theta) ** exponents
-        if self.kind == "linear":
-            return frequencies / np.float32(self.factor)
-        if self.kind == "llama3":
-            wavelengths = np.float32(2 * math.pi) / frequencies
-            smooth = (self.original_context_length / wavelengths - self.low_freq_factor) / (
-                self.high_freq_factor - self.low_freq_factor
-            )
-            smooth = np.clip(smooth, 0.0, 1.0)  # 0: long waves, slowed by the factor; 1: short waves, kept
-            return ((1 - smooth) * frequencies / self.factor + smooth * frequencies).astype(np.float32)
-        return frequencies
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What `voidprune export` writes of this family."""
+        return ("hf",) if self.graph is None else ("hf", "onnx")
 
 
 @dataclass(frozen=True)
 class DecoderArchitecture:
-    """One model's shape. `windows[l]` is the sliding window of layer l in tokens, itself included, or None."""
+    """One model's shape.
+
+    `kv_width`: numbers that one layer caches for a token. `attention_width`: heads times head size (of keys and values on
+    average). `num_extra_layers`: layers behind the last for multi-token prediction, which stock transformers does not run.
+    `experts_per_token` is 0 where there is no mixture of experts.
+    """
 
     spec: FamilySpec
     num_layers: int
     hidden_size: int
-    intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     context_length: int
-    norm_epsilon: float
-    rope: Rope
     tied_embeddings: bool
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    windows: tuple[int | None, ...]
+    kv_width: int
+    attention_width: int
+    num_extra_layers: int
+    experts_per_token: int
 
 
 def describe_architecture(config: Config, spec: FamilySpec) -> DecoderArchitecture:
     """Read a `config.json` as its family says. Raises ModelError on anything that would have to be guessed."""
-    reader = _ConfigReader(config, spec)
-    refuse_unknown_layer_fields(config, spec)
-    if config.get("quantization_config"):
-        raise ModelError(
-            "the checkpoint is quantized (quantization_config); its layers cannot be re-cut yet",
-            hint="start from the checkpoint that was quantized",
-        )
-    if (activation := reader.value("hidden_act")) != "silu":
-        raise ModelError(f"{spec.model_type} with hidden_act {activation!r} is not supported; only silu is")
-    num_layers = reader.integer("num_hidden_layers")
+    reader = ConfigReader(text_config(config, spec), spec)
+    refuse_unknown_layer_fields(reader.config, spec)
     num_heads = reader.integer("num_attention_heads")
+    num_kv_heads = reader.integer("num_key_value_heads", otherwise=num_heads)
     hidden_size = reader.integer("hidden_size")
+    if spec.compressed_kv:
+        # transformers 5.23 caches kv_lora_rank + qk_rope_head_dim numbers (models/deepseek_v3/modeling_deepseek_v3.py,
+        # DeepseekV3Attention.forward), as other runtimes do; 4.57 caches all heads.
+        rotated = reader.integer("qk_rope_head_dim")
+        head_dim = reader.integer("qk_nope_head_dim") + rotated
+        kv_width = reader.integer("kv_lora_rank") + rotated
+        attention_width = num_heads * (head_dim + reader.integer("v_head_dim")) // 2
+    else:
+        head_dim = reader.integer("head_dim", otherwise=hidden_size // num_heads)
+        kv_width = 2 * num_kv_heads * head_dim
+        attention_width = num_heads * head_dim
+    extra = [name for name, kind in spec.per_layer.items() if kind is PerLayer.EXTRA]
     return DecoderArchitecture(
         spec=spec,
-        num_layers=num_layers,
+        num_layers=reader.integer("num_hidden_layers"),
         hidden_size=hidden_size,
-        intermediate_size=reader.integer("intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=reader.integer("num_key_value_heads", otherwise=num_heads),
-        head_dim=reader.integer("head_dim", otherwise=hidden_size // num_heads),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         vocab_size=reader.integer("vocab_size"),
         context_length=reader.integer("max_position_embeddings"),
-        norm_epsilon=float(reader.value("rms_norm_eps")),
-        rope=_read_rope(reader),
-        tied_embeddings=bool(reader.value("tie_word_embeddings")),
-        qkv_bias=reader.flag(spec.qkv_bias),
-        output_bias=reader.flag(spec.output_bias),
-        mlp_bias=reader.flag(spec.mlp_bias),
-        windows=tuple(
-            int(reader.value("sliding_window")) if kind == "sliding_attention" else None
-            for kind in layer_types(config, spec)
-        ),
+        tied_embeddings=bool(config.get("tie_word_embeddings", reader.value("tie_word_embeddings"))),
+        kv_width=kv_width,
+        attention_width=attention_width,
+        num_extra_layers=sum(reader.integer(name, otherwise=0, minimum=0) for name in extra),
+        experts_per_token=reader.integer("num_experts_per_tok", otherwise=0, minimum=0),
     )
 
 
-def layer_types(config: Config, spec: FamilySpec) -> tuple[str, ...]:
-    """`full_attention` or `sliding_attention` for each layer, as transformers would run it."""
-    reader = _ConfigReader(config, spec)
-    num_layers = reader.integer("num_hidden_layers")
-    match spec.windows:
-        case Windows.NEVER:
-            return ("full_attention",) * num_layers
-        case Windows.ALL_LAYERS:
-            kind = "full_attention" if reader.value("sliding_window") is None else "sliding_attention"
-            return (kind,) * num_layers
-        case Windows.LAYER_TYPES:
-            listed = reader.value("layer_types")
-            if listed is not None:
-                return _read_layer_types(listed, num_layers)
-            windowed = reader.value("use_sliding_window") and reader.value("sliding_window") is not None
-            first = reader.integer("max_window_layers", minimum=0) if windowed else num_layers
-            return tuple("sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers))
+def text_config(config: Config, spec: FamilySpec) -> Config:
+    """The language model's part of a config: all of it, or the field that the family names. Raises ModelError."""
+    if spec.text_config is None:
+        return config
+    nested = config.get(spec.text_config)
+    if not isinstance(nested, dict):
+        raise ModelError(f"config.json of a {spec.model_type} model has no object {spec.text_config}")
+    return nested
 
 
-def _read_layer_types(listed: Any, num_layers: int) -> tuple[str, ...]:
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(listed, list) or len(listed) != num_layers or not all(kind in known for kind in listed):
-        raise ModelError(
-            f"layer_types in config.json does not say full_attention or sliding_attention for each of {num_layers} layers"
-        )
-    return tuple(listed)
+def layer_list(config: Config, spec: FamilySpec, name: str) -> list[Any]:
+    """A list with an entry a layer, as transformers would complete it. Raises ModelError."""
+    reader = ConfigReader(config, spec)
+    return spec.layer_lists[name].complete(name, reader.lookup, reader.integer("num_hidden_layers"))
 
 
 def refuse_unknown_layer_fields(config: Config, spec: FamilySpec) -> None:
@@ -272,83 +260,16 @@ def refuse_unknown_layer_fields(config: Config, spec: FamilySpec) -> None:
             )
 
 
-def remap_config(config: Config, spec: FamilySpec, kept: Sequence[int]) -> dict[str, Any]:
-    """The config of the checkpoint that holds only the layers `kept` (ascending, original numbers).
-
-    Lists that transformers would otherwise derive from the layer's number are written out.
-    """
-    refuse_unknown_layer_fields(config, spec)
-    new = {**_rope_for_transformers_4(config), **config}
-    if spec.windows is Windows.LAYER_TYPES:
-        new["layer_types"] = list(layer_types(config, spec))
-    for name, kind in spec.per_layer.items():
-        value = new.get(name)
-        if value is None:
-            continue
-        match kind:
-            case PerLayer.COUNT:
-                new[name] = len(kept)
-            case PerLayer.LIST:
-                new[name] = [value[layer] for layer in kept]
-            case PerLayer.INDICES:
-                new[name] = [position for position, layer in enumerate(kept) if layer in value]
-            case PerLayer.THRESHOLD:
-                new[name] = sum(layer < value for layer in kept)
-            case PerLayer.INERT:
-                pass
-    return new
-
-
-def _rope_for_transformers_4(config: Config) -> dict[str, Any]:
-    """`rope_parameters` as 4.x spells it: without, it would silently fall back to an unscaled base of 10,000."""
-    written = config.get("rope_parameters")
-    if not isinstance(written, dict) or "rope_theta" not in written:
-        return {}
-    rest = {name: value for name, value in written.items() if name != "rope_theta"}
-    scaling = rest if rest.get("rope_type", "default") != "default" else None
-    return {"rope_theta": written["rope_theta"], "rope_scaling": scaling}
-
-
-def _read_rope(reader: _ConfigReader) -> Rope:
-    # transformers 5 writes rope_parameters; 4.x writes rope_theta and rope_scaling beside each other.
-    written = reader.config.get("rope_parameters") or reader.config.get("rope_scaling") or {}
-    if not isinstance(written, dict):
-        raise ModelError("rope_parameters or rope_scaling in config.json is not an object")
-    kind = written.get("rope_type", written.get("type", "default"))
-    theta = float(written.get("rope_theta", reader.value("rope_theta")))
-    partial = written.get("partial_rotary_factor", reader.config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ModelError(f"{reader.spec.model_type} with partial_rotary_factor {partial} is not supported")
-
-    def number(name: str) -> float:
-        if not isinstance(written.get(name), (int, float)):
-            raise ModelError(f"config.json scales its rotary embedding by {kind!r} but gives no number for {name}")
-        return float(written[name])
-
-    match kind:
-        case "default":
-            return Rope(theta=theta)
-        case "linear":
-            return Rope(theta=theta, kind=kind, factor=number("factor"))
-        case "llama3":
-            return Rope(
-                theta=theta,
-                kind=kind,
-                factor=number("factor"),
-                low_freq_factor=number("low_freq_factor"),
-                high_freq_factor=number("high_freq_factor"),
-                original_context_length=int(number("original_max_position_embeddings")),
-            )
-        case _:
-            raise ModelError(f"rotary embedding of type {kind!r} is not supported; default, linear and llama3 are")
-
-
 @dataclass(frozen=True)
-class _ConfigReader:
+class ConfigReader:
     """Fields of a config with the defaults of its family, and a named error for what is missing."""
 
     config: Config
     spec: FamilySpec
+
+    def lookup(self, name: str) -> Any:
+        """The value of a field, or its default, or None."""
+        return self.config.get(name, self.spec.defaults.get(name))
 
     def value(self, name: str) -> Any:
         if name in self.config:
@@ -358,7 +279,7 @@ class _ConfigReader:
         raise ModelError(f"config.json lacks {name}", hint="is this the folder of a Hugging Face causal LM?")
 
     def integer(self, name: str, *, otherwise: int | None = None, minimum: int = 1) -> int:
-        value = self.config.get(name, self.spec.defaults.get(name))
+        value = self.lookup(name)
         if value is None:
             value = self.value(name) if otherwise is None else otherwise
         if type(value) is not int or value < minimum:

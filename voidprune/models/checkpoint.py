@@ -86,8 +86,14 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weight matrices, in safetensors' spelling. Raises CheckpointError when they are mixed."""
-        dtypes = {record.dtype for record in self.tensors.values() if len(record.shape) == 2}
+        """The dtype of the weight matrices, in safetensors' spelling. Raises CheckpointError when they are mixed.
+
+        Of a quantized checkpoint that of its embedding, in which it computes.
+        """
+        matrices = [record for record in self.tensors.values() if len(record.shape) == 2]
+        if self.config.get("quantization_config"):
+            matrices = [self.tensors[f"{self.architecture.spec.tensors.embedding}.weight"]]
+        dtypes = {record.dtype for record in matrices}
         if len(dtypes) != 1:
             raise CheckpointError(f"the matrices of {self.folder} are of several dtypes: {', '.join(sorted(dtypes))}")
         (dtype,) = dtypes
@@ -167,10 +173,10 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.folder} holds no tensor of layer {min(missing)}; its config counts {num_layers}"
         )
-    if extra := found - set(range(num_layers)):
+    if extra := found - set(range(num_layers + checkpoint.architecture.num_extra_layers)):
         raise ModelError(
             f"{checkpoint.folder} has tensors of layer {min(extra)}, beyond the {num_layers} layers of its config",
-            hint="layers for multi-token prediction are not supported: take a checkpoint without them",
+            hint="layers for multi-token prediction must be counted in the config (num_nextn_predict_layers)",
         )
 
 

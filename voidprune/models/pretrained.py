@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from voidprune.errors import DatasetError, ModelError, RuntimeProviderError
 from voidprune.models.checkpoint import read_json
-from voidprune.models.families import read_architecture
+from voidprune.models.configs import is_spelled_for_transformers_4
+from voidprune.models.families import find_family
+from voidprune.models.graph_architecture import describe_graph_architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,14 +64,24 @@ def check_rotary_frequencies(model: Any, folder: Path) -> None:
     import numpy as np
     import transformers
 
-    architecture = read_architecture(read_json(folder / "config.json"))
-    expected = architecture.rope.inverse_frequencies(architecture.head_dim)
-    for name, buffer in model.named_buffers():
-        if name.endswith("rotary_emb.inv_freq") and not np.allclose(buffer.float().cpu().numpy(), expected, rtol=1e-4):
-            raise ModelError(
-                f"transformers {transformers.__version__} does not run {folder} with the rotary embedding of its config.json",
-                hint="install transformers 5, or write rope_theta and rope_scaling into config.json as 4.x reads them",
-            )
+    config = read_json(folder / "config.json")
+    spec = find_family(config)
+    try:
+        architecture = describe_graph_architecture(config, spec)
+    except ModelError:  # embeddings that we do not compute ourselves: what 4.x would not read is all that can go wrong
+        right = transformers.__version__.split(".")[0] != "4" or is_spelled_for_transformers_4(config, spec)
+    else:
+        expected = architecture.rope.inverse_frequencies(architecture.head_dim)
+        right = all(
+            np.allclose(buffer.float().cpu().numpy(), expected, rtol=1e-4)
+            for name, buffer in model.named_buffers()
+            if name.endswith("rotary_emb.inv_freq")
+        )
+    if not right:
+        raise ModelError(
+            f"transformers {transformers.__version__} does not run {folder} with the rotary embedding of its config.json",
+            hint="install transformers 5, or write rope_theta and rope_scaling into config.json as 4.x reads them",
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

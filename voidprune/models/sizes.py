@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 from voidprune.errors import ArtifactError
+from voidprune.models.architecture import Config, DecoderArchitecture
 from voidprune.models.checkpoint import DTYPE_BYTES, Checkpoint, TensorRecord, stored_bytes
+from voidprune.models.quantization import weights_in
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Parts of one decoder layer: bytes, and weights in matrices, of attention, of its K/V part alone, and of the MLP."""
+    """Parts of one decoder layer: bytes, and weights in matrices, of attention, of its K/V part alone, and of the MLP.
+
+    Of a mixture of experts, `mlp_bytes` and `mlp_weights` are those of the experts that one token runs; `total_bytes` is all
+    that is stored.
+    """
 
     total_bytes: int
     attention_bytes: int
@@ -76,37 +82,63 @@ def measure_sizes(checkpoint: Checkpoint, *, dtype: str | None = None) -> ModelS
         ),
         head_bytes=stored_bytes(head, dtype),
         head_weights=architecture.vocab_size * architecture.hidden_size,
-        kv_bytes_per_token=2 * architecture.num_kv_heads * architecture.head_dim * DTYPE_BYTES[dtype or head.dtype],
-        attention_width=architecture.num_heads * architecture.head_dim,
+        kv_bytes_per_token=architecture.kv_width * DTYPE_BYTES[dtype or head.dtype],
+        attention_width=architecture.attention_width,
     )
 
 
 def _measure_layers(checkpoint: Checkpoint, dtype: str | None) -> tuple[LayerSizes, ...]:
-    names = checkpoint.architecture.spec.tensors
-    tensors: list[dict[str, TensorRecord]] = [{} for _ in range(checkpoint.architecture.num_layers)]
+    architecture = checkpoint.architecture
+    layers: list[dict[str, TensorRecord]] = [{} for _ in range(architecture.num_layers)]
     for record in checkpoint.tensors.values():
-        if (place := names.layer_of(record.name)) is not None:
-            tensors[place[0]][place[1]] = record
+        place = architecture.spec.tensors.layer_of(record.name)
+        if place is not None and place[0] < len(layers):  # behind them: layers for multi-token prediction
+            layers[place[0]][place[1]] = record
+    return tuple(_measure_layer(layer, architecture, checkpoint.config, dtype) for layer in layers)
 
-    def measure(layer: dict[str, TensorRecord], parts: tuple[str, ...]) -> tuple[int, int]:
-        wanted = [layer[name] for part in parts for name in (f"{part}.weight", f"{part}.bias") if name in layer]
-        weights = sum(math.prod(record.shape) for record in wanted if len(record.shape) == 2)
-        return sum(stored_bytes(record, dtype) for record in wanted), weights
 
-    sizes = []
-    for layer in tensors:
-        attention = measure(layer, (names.attention_norm, names.query, names.key, names.value, names.output))
-        kv = measure(layer, (names.attention_norm, names.key, names.value))
-        mlp = measure(layer, (names.mlp_norm, names.gate, names.up, names.down))
-        sizes.append(
-            LayerSizes(
-                total_bytes=sum(stored_bytes(record, dtype) for record in layer.values()),
-                attention_bytes=attention[0],
-                kv_bytes=kv[0],
-                mlp_bytes=mlp[0],
-                attention_weights=attention[1],
-                kv_weights=kv[1],
-                mlp_weights=mlp[1],
-            )
-        )
-    return tuple(sizes)
+def _measure_layer(
+    layer: dict[str, TensorRecord], architecture: DecoderArchitecture, config: Config, dtype: str | None
+) -> LayerSizes:
+    names = architecture.spec.tensors
+    used = _share_of_experts(layer, architecture)
+
+    def measure(parts: tuple[str, ...]) -> tuple[int, int]:
+        """(bytes, weights) that a token uses of what belongs to these parts."""
+        num_bytes = num_weights = Fraction(0)
+        for suffix, record in layer.items():
+            if not _belongs(suffix, parts):
+                continue
+            share = used if _belongs(suffix, (names.experts,)) else Fraction(1)
+            num_bytes += share * stored_bytes(record, dtype)
+            num_weights += share * weights_in(suffix, record.shape, config.get("quantization_config"))
+        return int(num_bytes), int(num_weights)
+
+    attention, kv, mlp = (measure(parts) for parts in (names.attention_parts, names.kv_parts, names.mlp_parts))
+    if names.fused_qkv is not None:
+        # q, k and v lie one below the other: the rows of k and v are all that K/V need.
+        heads = architecture.num_heads + 2 * architecture.num_kv_heads
+        fused = (Fraction(2 * architecture.num_kv_heads, heads) * number for number in measure((names.fused_qkv,)))
+        kv = (kv[0] + int(next(fused)), kv[1] + int(next(fused)))
+    return LayerSizes(
+        total_bytes=sum(stored_bytes(record, dtype) for record in layer.values()),
+        attention_bytes=attention[0],
+        kv_bytes=kv[0],
+        mlp_bytes=mlp[0],
+        attention_weights=attention[1],
+        kv_weights=kv[1],
+        mlp_weights=mlp[1],
+    )
+
+
+def _share_of_experts(layer: dict[str, TensorRecord], architecture: DecoderArchitecture) -> Fraction:
+    """Experts that a token runs / experts. They are stored apart (`experts.7.up_proj`) or as one [experts, ...] tensor."""
+    prefix = architecture.spec.tensors.experts + "."
+    found = {suffix[len(prefix) :]: record for suffix, record in layer.items() if suffix.startswith(prefix)}
+    apart = {name.partition(".")[0] for name in found if name[0].isdigit()}
+    num_experts = len(apart) if apart else max((record.shape[0] for record in found.values()), default=0)
+    return Fraction(min(architecture.experts_per_token, num_experts), num_experts) if num_experts else Fraction(1)
+
+
+def _belongs(suffix: str, parts: tuple[str, ...]) -> bool:
+    return any(suffix == part or suffix.startswith(part + ".") for part in parts)

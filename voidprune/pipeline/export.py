@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from voidprune.errors import ModelError
 from voidprune.execution.manifest import Manifest, Parity
 from voidprune.export.bundle import FORMATS, export_bundle
 from voidprune.models.checkpoint import Checkpoint, precision_name
+from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.pretrained import load_model
 from voidprune.pipeline.models import default_provider
 from voidprune.quality.parity import check_bundle
 from voidprune.schedule import Schedule
+
+
+def default_formats(checkpoint: Checkpoint) -> tuple[tuple[str, ...], str | None]:
+    """What is written of a model when nobody says it: all formats that it has; and why, where that is not all there are."""
+    try:
+        describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)
+    except ModelError as error:
+        return ("hf",), f"only a slim checkpoint is written (--format hf): {error.message}"
+    return FORMATS, None
 
 
 def export_model(

@@ -1,0 +1,312 @@
+"""Families without experts. Literals only: **add a family here**, and to the table in `families.py`.
+
+The defaults are those of the configuration classes in transformers 4.57 and 5.23; which module's output joins the residual
+stream, and which layers have windows or no rotary embedding, is read off `models/<family>/modeling_<family>.py` of 5.23.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from voidprune.models.architecture import FamilySpec, GraphSpec, ModulePaths, PerLayer, TensorNames, Windows
+from voidprune.models.layer_lists import EveryNth, FromThreshold, WhereZero
+
+COUNT = {"num_hidden_layers": PerLayer.COUNT}
+WINDOWS_FROM_A_LAYER_UP = FromThreshold("max_window_layers", switches=("use_sliding_window", "sliding_window"))
+QWEN_WINDOWS = {"layer_types": PerLayer.LIST, "max_window_layers": PerLayer.THRESHOLD}
+QWEN_DEFAULTS: dict[str, Any] = {
+    "tie_word_embeddings": False,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+
+# Norms around both sublayers (Gemma 2, Gemma 3): the norm behind a sublayer is what joins the residual stream.
+SANDWICHED = ModulePaths(attention_branch="post_attention_layernorm", mlp_branch="post_feedforward_layernorm")
+SANDWICHED_PARTS: dict[str, Any] = {
+    "attention_parts": ("input_layernorm", "self_attn", "post_attention_layernorm"),
+    "mlp_parts": ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+}
+# Norms behind the sublayers only (OLMo 2 and 3, EXAONE 4).
+POST_NORMED = SANDWICHED
+POST_NORMED_NAMES = TensorNames(
+    attention_parts=("self_attn", "post_attention_layernorm"),
+    kv_parts=("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm"),
+    mlp_parts=("mlp", "post_feedforward_layernorm"),
+)
+
+LLAMA = FamilySpec(
+    model_type="llama",
+    title="Llama 2, 3, 3.1, 3.2 and models of the same architecture",
+    per_layer=COUNT,
+    defaults={
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": 2048,
+    },
+    graph=GraphSpec(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+)
+
+MISTRAL = FamilySpec(
+    model_type="mistral",
+    title="Mistral 7B and models of the same architecture",
+    per_layer=COUNT,
+    defaults={
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    graph=GraphSpec(windows=Windows.ALL_LAYERS),
+)
+
+QWEN2 = FamilySpec(
+    model_type="qwen2",
+    title="Qwen2 and Qwen2.5",
+    per_layer=COUNT | QWEN_WINDOWS,
+    defaults=QWEN_DEFAULTS | {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    layer_lists={"layer_types": WINDOWS_FROM_A_LAYER_UP},
+    graph=GraphSpec(qkv_bias=True, windows=Windows.LAYER_TYPES),
+)
+
+QWEN3 = FamilySpec(
+    model_type="qwen3",
+    title="Qwen3, dense",
+    per_layer=COUNT | QWEN_WINDOWS,
+    defaults=QWEN_DEFAULTS | {"head_dim": 128},
+    layer_lists={"layer_types": WINDOWS_FROM_A_LAYER_UP},
+)
+
+GEMMA = FamilySpec(
+    model_type="gemma",
+    title="Gemma",
+    per_layer=COUNT,
+    defaults={
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+    },
+)
+
+GEMMA2 = FamilySpec(
+    model_type="gemma2",
+    title="Gemma 2",
+    per_layer=COUNT | {"layer_types": PerLayer.LIST},
+    defaults={
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "layer_types": None,
+    },
+    layer_lists={"layer_types": EveryNth(2)},
+    tensors=TensorNames(**SANDWICHED_PARTS),
+    modules=SANDWICHED,
+)
+
+GEMMA3_TEXT = FamilySpec(
+    model_type="gemma3_text",
+    title="Gemma 3, text only",
+    per_layer=COUNT
+    | {
+        "layer_types": PerLayer.LIST,
+        "sliding_window_pattern": PerLayer.PERIOD,
+        "_sliding_window_pattern": PerLayer.PERIOD,  # written by 5.x beside layer_types, read by nobody
+    },
+    defaults={
+        "tie_word_embeddings": True,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "layer_types": None,
+        "sliding_window_pattern": 6,
+    },
+    layer_lists={"layer_types": EveryNth("sliding_window_pattern")},
+    tensors=TensorNames(**SANDWICHED_PARTS),
+    modules=SANDWICHED,
+    local_rope_theta="rope_local_base_freq",
+)
+
+GEMMA3 = FamilySpec(
+    model_type="gemma3",
+    title="Gemma 3 with images: layers of its language model go, its vision tower stays",
+    per_layer=GEMMA3_TEXT.per_layer,
+    defaults=GEMMA3_TEXT.defaults,
+    layer_lists=GEMMA3_TEXT.layer_lists,
+    tensors=TensorNames(
+        embedding="language_model.model.embed_tokens",
+        layers="language_model.model.layers",
+        final_norm="language_model.model.norm",
+        head="language_model.lm_head",
+        **SANDWICHED_PARTS,
+    ),
+    modules=ModulePaths(
+        layers="model.language_model.layers",
+        attention_branch=SANDWICHED.attention_branch,
+        mlp_branch=SANDWICHED.mlp_branch,
+    ),
+    text_config="text_config",
+    local_rope_theta="rope_local_base_freq",
+)
+
+PHI3 = FamilySpec(
+    model_type="phi3",
+    title="Phi-3, Phi-3.5 and Phi-4",
+    per_layer=COUNT,
+    defaults={"tie_word_embeddings": False, "max_position_embeddings": 4096},
+    tensors=TensorNames(kv_parts=("input_layernorm",), fused_qkv="self_attn.qkv_proj"),
+    # 4.57 refuses a rope_scaling with other fields (its models/phi3/configuration_phi3.py, _rope_scaling_validation).
+    rope_scaling_fields=("type", "short_factor", "long_factor"),
+)
+
+GRANITE = FamilySpec(
+    model_type="granite",
+    title="Granite 3 and 4, dense",
+    per_layer=COUNT,
+    defaults={"tie_word_embeddings": False, "max_position_embeddings": 2048},
+    modules=ModulePaths(residual_multiplier="residual_multiplier"),
+)
+
+SMOLLM3_ROTATED = EveryNth("no_rope_layer_interval", nth=0, other=1)
+SMOLLM3 = FamilySpec(
+    model_type="smollm3",
+    title="SmolLM3",
+    per_layer=COUNT
+    | {
+        "layer_types": PerLayer.LIST,
+        "no_rope_layers": PerLayer.LIST,  # 1: rotated, 0: not
+        "no_rope_layer_interval": PerLayer.PERIOD,
+        "max_window_layers": PerLayer.THRESHOLD,  # in published configs; transformers does not read it
+    },
+    defaults={
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": None,
+        "layer_types": None,
+    },
+    layer_lists={
+        "no_rope_layers": SMOLLM3_ROTATED,
+        "layer_types": WhereZero("no_rope_layers", SMOLLM3_ROTATED, switches=("use_sliding_window", "sliding_window")),
+    },
+)
+
+OLMO2 = FamilySpec(
+    model_type="olmo2",
+    title="OLMo 2",
+    per_layer=COUNT,
+    defaults={"tie_word_embeddings": False, "max_position_embeddings": 2048},
+    tensors=POST_NORMED_NAMES,
+    modules=POST_NORMED,
+)
+
+OLMO3 = FamilySpec(
+    model_type="olmo3",
+    title="OLMo 3",
+    per_layer=COUNT | {"layer_types": PerLayer.LIST},
+    defaults={"tie_word_embeddings": False, "max_position_embeddings": 2048, "layer_types": None},
+    layer_lists={"layer_types": EveryNth(4)},
+    tensors=POST_NORMED_NAMES,
+    modules=POST_NORMED,
+)
+
+# Attention and MLP side by side behind one norm; its bytes are counted with attention.
+COHERE = FamilySpec(
+    model_type="cohere",
+    title="Command R",
+    per_layer=COUNT,
+    defaults={"tie_word_embeddings": True, "max_position_embeddings": 8192},
+)
+
+COHERE2 = FamilySpec(
+    model_type="cohere2",
+    title="Command R7B and A",
+    per_layer=COUNT
+    | {
+        "layer_types": PerLayer.LIST,  # layers with a window are rotated, the others are not
+        "sliding_window_pattern": PerLayer.PERIOD,
+        "layer_switch": PerLayer.PERIOD,  # the same number, of an older spelling
+    },
+    defaults={
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "layer_types": None,
+        "sliding_window_pattern": 4,
+    },
+    layer_lists={"layer_types": EveryNth("sliding_window_pattern")},
+)
+
+GLM4 = FamilySpec(
+    model_type="glm4",
+    title="GLM-4-0414, dense",
+    per_layer=COUNT,
+    defaults={
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+    },
+    tensors=TensorNames(
+        attention_parts=("input_layernorm", "self_attn", "post_self_attn_layernorm"),
+        mlp_parts=("post_attention_layernorm", "mlp", "post_mlp_layernorm"),
+    ),
+    modules=ModulePaths(attention_branch="post_self_attn_layernorm", mlp_branch="post_mlp_layernorm"),
+)
+
+STARCODER2 = FamilySpec(
+    model_type="starcoder2",
+    title="StarCoder2",
+    per_layer=COUNT,
+    defaults={"tie_word_embeddings": True, "num_key_value_heads": 2, "max_position_embeddings": 4096},
+)
+
+STABLELM = FamilySpec(
+    model_type="stablelm",
+    title="StableLM 2 and models of the same architecture",
+    per_layer=COUNT,
+    defaults={"tie_word_embeddings": False, "num_key_value_heads": 32, "max_position_embeddings": 4096},
+    tensors=TensorNames(
+        kv_parts=("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_layernorm"),
+    ),
+)
+
+EXAONE4 = FamilySpec(
+    model_type="exaone4",
+    title="EXAONE 4.0",
+    per_layer=COUNT
+    | {
+        "layer_types": PerLayer.LIST,  # where there are windows, layers without one are not rotated
+        "sliding_window_pattern": PerLayer.PERIOD,
+    },
+    defaults={
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 2048,
+        "layer_types": None,
+        "sliding_window_pattern": 4,
+    },
+    layer_lists={"layer_types": EveryNth("sliding_window_pattern")},
+    tensors=POST_NORMED_NAMES,
+    modules=POST_NORMED,
+)
+
+DENSE = (
+    LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3, GRANITE, SMOLLM3, OLMO2, OLMO3, COHERE, COHERE2,
+    GLM4, STARCODER2, STABLELM, EXAONE4,
+)  # fmt: skip
