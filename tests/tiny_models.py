@@ -17,6 +17,7 @@ from voidprune.models.families import FAMILIES
 from voidprune.models.pretrained import load_model
 from voidprune.schedule import ModelIdentity
 
+TRANSFORMERS = int(transformers.__version__.split(".")[0])
 NUM_LAYERS = 6
 BASE: Mapping[str, Any] = {
     "vocab_size": 101,
@@ -102,7 +103,7 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "cohere2": {**LITTLE, "sliding_window": 4, "layer_types": MIXED_LAYERS, "logit_scale": 1.0},
     "glm4": {**LITTLE, "head_dim": 8},
     "starcoder2": {**LITTLE, "sliding_window": 5},
-    "stablelm": {**LITTLE, "head_dim": 8, "use_qkv_bias": True, "qk_layernorm": True},
+    "stablelm": {**LITTLE, "use_qkv_bias": True},
     "exaone4": {**LITTLE, "sliding_window": 4, "sliding_window_pattern": 3},
     "mixtral": {**LITTLE, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**EXPERTS, "head_dim": 8, "num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
@@ -144,6 +145,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4-no-windows": ("exaone4", {**LITTLE, "sliding_window": None, "layer_types": [FULL] * NUM_LAYERS}),
     "deepseek_v2-one-query": ("deepseek_v2", {**LATENT, "q_lora_rank": None, "first_k_dense_replace": 4}),
 }
+if TRANSFORMERS >= 5:  # 4.57 cannot make one from its config: its initializer wants a bias of norms that have none
+    SHAPES["stablelm-normed-heads"] = ("stablelm", {**LITTLE, "qk_layernorm": True})
 GRAPH_SHAPES = [name for name, (model_type, _) in SHAPES.items() if FAMILIES[model_type].graph is not None]
 
 
@@ -167,12 +170,23 @@ class TinyModel:
         return load_model(self.folder)
 
 
+def spell_for_transformers_4(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same config with the rotary embedding in the words of 4.57."""
+    if "rope_parameters" not in fields:
+        return fields
+    rope = dict(fields["rope_parameters"])
+    rest = {name: value for name, value in fields.items() if name != "rope_parameters"}
+    if FULL in rope:
+        return {**rest, "rope_theta": rope[FULL]["rope_theta"], "rope_local_base_freq": rope[SLIDING]["rope_theta"]}
+    spelled = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    return {**rest, **spelled, "rope_scaling": None if rope["rope_type"] == "default" else rope}
+
+
 def build_model(name: str, folder: Path, **overrides: Any) -> TinyModel:
     """Write the model of SHAPES[name] into a folder, with a few config fields changed."""
     model_type, fields = SHAPES[name]
-    if "rope_parameters" in fields and int(transformers.__version__.split(".")[0]) < 5:
-        rope = dict(fields["rope_parameters"])
-        fields = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    if TRANSFORMERS < 5:
+        fields = spell_for_transformers_4(fields)
     torch.manual_seed(sum(map(ord, name)))
     if "text_config" in fields:
         fields = {**fields, "text_config": {**BASE, **fields["text_config"], **overrides}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.strategies import schedules
@@ -87,6 +88,62 @@ def test_dropped_is_skipped_in_both_phases(family_model: TinyModel, tmp_path: Pa
         skipped = running.forward(tokens_BT, is_decode_BT=mask(tokens_BT, schedule, num_prompt_tokens=6))
     assert torch.equal(skipped, stock(slim, tokens_BT))
     assert not torch.allclose(skipped, stock(family_model.model, tokens_BT), atol=1e-2), "dropping layers must matter"
+
+
+@settings(max_examples=2)
+@given(kept=st.sets(st.integers(0, NUM_LAYERS - 1), min_size=1, max_size=NUM_LAYERS - 1))
+def test_any_layers_kept(family_model: TinyModel, kept: set[int]) -> None:
+    schedule = dropped_schedule(family_model.identity, set(range(NUM_LAYERS)) - kept)
+    tokens_BT = random_tokens(family_model, 1, 11)
+    with tempfile.TemporaryDirectory() as folder:
+        write_slim_checkpoint(family_model.checkpoint, schedule.union, Path(folder))
+        slim = stock(load_model(Path(folder)), tokens_BT)
+    with scheduled(family_model.model, schedule) as running:
+        skipped = running.forward(tokens_BT, is_decode_BT=mask(tokens_BT, schedule, num_prompt_tokens=6))
+    torch.testing.assert_close(slim, skipped, atol=1e-5, rtol=1e-5)
+
+
+# ---- the six actions, against weights of zero
+
+
+@pytest.mark.parametrize("action", A)
+def test_each_action_is_what_weights_of_zero_are(family_model: TinyModel, action: LayerAction) -> None:
+    """A sublayer whose last matrix is zero adds nothing: the same as leaving it out, whatever the family does around it."""
+    schedule = Schedule(
+        model=family_model.identity,
+        prefill=(A.FULL, A.FULL, action, A.FULL, A.FULL, A.FULL),
+        decode=(A.FULL, A.FULL, action, A.FULL, A.FULL, A.FULL),
+        single_turn=True,
+    )
+    modules = family_model.checkpoint.architecture.spec.modules
+    attention, mlp = modules.sublayers(decoder_layers(family_model.model, modules)[2])
+    tokens_BT = random_tokens(family_model, 2, 9)
+    with scheduled(family_model.model, schedule) as running:
+        found = running.forward(tokens_BT, is_decode_BT=mask(tokens_BT, schedule, num_prompt_tokens=5))
+    silenced = [*([] if action.attends else last_matrices(attention)), *([] if action.runs_mlp else last_matrices(mlp))]
+    assert len(silenced) >= (not action.attends) + (not action.runs_mlp)
+    kept = [parameter.detach().clone() for parameter in silenced]
+    try:
+        with torch.no_grad():
+            for parameter in silenced:
+                parameter.zero_()
+        expected = stock(family_model.model, tokens_BT)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(silenced, kept, strict=True):
+                parameter.copy_(value)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found, stock(family_model.model, tokens_BT)) == (action is A.FULL)
+
+
+def last_matrices(sublayer: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of what a sublayer ends with; of a mixture of experts, in each expert."""
+    parts = ("o_proj", "down_proj", "c_proj", "w2")
+    return [
+        parameter
+        for name, parameter in sublayer.named_parameters()
+        if any(part.removesuffix("_bias") in parts for part in name.split("."))
+    ]
 
 
 # ---- against a loop by hand

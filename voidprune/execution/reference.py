@@ -177,7 +177,7 @@ def scheduled(model: PreTrainedModel, schedule: Schedule) -> Iterator[ScheduledM
     for layer, prefill, decode in zip(layers, schedule.prefill, schedule.decode, strict=True):
         attends = {Phase.PREFILL: prefill.attends, Phase.DECODE: decode.attends}
         runs_mlp = {Phase.PREFILL: prefill.runs_mlp, Phase.DECODE: decode.runs_mlp}
-        attention, mlp = getattr(layer, modules.attention_branch), getattr(layer, modules.mlp_branch)
+        attention, mlp = modules.branches(layer)
         handles.append(attention.register_forward_hook(_leave_out(running, attends)))
         handles.append(mlp.register_forward_hook(_leave_out(running, runs_mlp)))
     try:

@@ -115,7 +115,7 @@ class ModulePaths:
         hidden_states = residual + multiplier * branch output
 
     An output may be a tuple (attention: output and weights; a mixture of experts: output and router scores): its first entry is
-    what is added.
+    what is added. `mlp_in_transformers_4` is the older name of the MLP, where 5.x renamed it.
     """
 
     layers: str = "model.layers"
@@ -124,6 +124,19 @@ class ModulePaths:
     attention_branch: str = "self_attn"
     mlp_branch: str = "mlp"
     residual_multiplier: str | None = None
+    mlp_in_transformers_4: str | None = None
+
+    def sublayers(self, layer: Any) -> tuple[Any, Any]:
+        """The attention and MLP modules of a decoder layer."""
+        return getattr(layer, self.attention), getattr(layer, self._name(layer, self.mlp))
+
+    def branches(self, layer: Any) -> tuple[Any, Any]:
+        """The modules of a decoder layer whose outputs are added to the residual stream: of attention, and of the MLP."""
+        return getattr(layer, self.attention_branch), getattr(layer, self._name(layer, self.mlp_branch))
+
+    def _name(self, layer: Any, name: str) -> str:
+        older = self.mlp_in_transformers_4
+        return older if older is not None and name == self.mlp and hasattr(layer, older) else name
 
 
 @dataclass(frozen=True)

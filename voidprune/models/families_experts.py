@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from voidprune.models.architecture import FamilySpec, PerLayer, TensorNames
+from voidprune.models.architecture import FamilySpec, ModulePaths, PerLayer, TensorNames
 from voidprune.models.families_dense import COUNT
 from voidprune.models.layer_lists import AndNotEveryNth, EveryNth
 
@@ -23,6 +23,7 @@ MIXTRAL = FamilySpec(
     },
     # In files `block_sparse_moe`, in the modules of 5.x `mlp`.
     tensors=TensorNames(mlp_parts=("post_attention_layernorm", "block_sparse_moe"), experts="block_sparse_moe.experts"),
+    modules=ModulePaths(mlp_in_transformers_4="block_sparse_moe"),
 )
 
 QWEN3_MOE = FamilySpec(
