@@ -363,6 +363,23 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_a_family_without_graphs_is_exported_as_a_checkpoint(tmp_path: Path) -> None:
+    from tests.tiny_models import build_model
+
+    source = build_model("olmo2", tmp_path / "model")
+    write_schedule(tmp_path / "schedule.json", full_schedule(source.identity))
+    arguments = ["export", source.folder, "--schedule", tmp_path / "schedule.json", "--provider", "cpu"]
+    result = invoke(*arguments, "-o", tmp_path / "slim")
+    assert result.exit_code == 0
+    assert "only a slim checkpoint is written (--format hf): no ONNX graphs are made of olmo2 models" in result.stderr
+    assert not list((tmp_path / "slim").glob("*.onnx"))
+    asked = expect_error(
+        *arguments, "-o", tmp_path / "graphs", "--format", "onnx", message="no ONNX graphs are made of olmo2"
+    )
+    assert "--format hf" in asked.stderr
+    assert not (tmp_path / "graphs").exists()
+
+
 def test_families_are_listed() -> None:
     from voidprune.models.families import FAMILIES, REFUSED
 

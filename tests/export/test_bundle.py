@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import MakeBundle
 from tests.tiny_models import NUM_LAYERS, TinyModel
 from voidprune import artifacts
-from voidprune.errors import OutputError, ParityError, ScheduleError
+from voidprune.errors import ModelError, OutputError, ParityError, ScheduleError
 from voidprune.execution.manifest import Manifest, Parity, read_manifest
 from voidprune.export.bundle import export_bundle
 from voidprune.models.checkpoint import WEIGHTS_FILE, open_checkpoint
@@ -47,6 +47,41 @@ def export(source: TinyModel, folder: Path, **arguments: Any) -> Manifest:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- families without graphs
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma2", "gemma3", "granite", "qwen3_moe"])
+def test_families_without_graphs_are_exported_as_checkpoints(
+    get_model: Callable[[str], TinyModel], tmp_path: Path, name: str
+) -> None:
+    source = get_model(name)
+    schedule = Schedule(
+        model=source.identity,
+        prefill=(A.FULL, A.SKIP, A.KV_ONLY, A.KV_MLP, A.FULL, A.SKIP),
+        decode=(A.FULL, A.SKIP, A.SKIP_MLP, A.FULL, A.SKIP_MLP, A.SKIP_ATTENTION),
+    )
+    manifest = export(
+        source,
+        tmp_path / "out",
+        schedule=schedule,
+        formats=("hf",),
+        verify=lambda stage: check_bundle(stage, source=source.model, schedule=schedule),
+    )
+    assert contents(tmp_path / "out").keys() == FILES - {"prefill.onnx", "decode.onnx", "genai_config.json"}
+    assert manifest.parity is not None
+    assert manifest.parity.onnx is None
+    assert manifest.parity.hf < 1e-5
+
+
+def test_graphs_that_cannot_be_are_refused_before_anything_is_written(
+    get_model: Callable[[str], TinyModel], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="no ONNX graphs are made of gemma2 models") as caught:
+        export(get_model("gemma2"), tmp_path / "out", formats=("hf", "onnx"))
+    assert caught.value.hint == "export with --format hf"
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what is in it

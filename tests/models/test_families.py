@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from tests.tiny_models import NUM_LAYERS, TinyModel
+from tests.tiny_models import NUM_LAYERS, TinyModel, build_model
 from voidprune.errors import ModelError
 from voidprune.execution.reference import decoder_layers
 from voidprune.export.hf_checkpoint import write_slim_checkpoint
 from voidprune.models.architecture import PerLayer
+from voidprune.models.checkpoint import open_checkpoint
 from voidprune.models.families import FAMILIES, REFUSED, find_family
 from voidprune.models.pretrained import load_model
 
@@ -175,3 +177,36 @@ def test_residual_multiplier_is_applied_behind_the_branch(get_model: Any) -> Non
     multiplier = getattr(layer, modules.residual_multiplier)
     torch.testing.assert_close(caught["left"], caught["entered"] + multiplier * added, atol=1e-5, rtol=0)
     assert multiplier == 0.6
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("cohere2", {"layer_types": None, "sliding_window_pattern": 3}),
+        ("exaone4", {"layer_types": None, "sliding_window_pattern": 2}),
+        ("gemma2", {}),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 3}),
+        ("gpt_oss", {}),
+        ("olmo3", {}),
+        ("qwen3", {}),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}),
+    ],
+)
+def test_layers_stay_what_they_were_where_the_config_lists_none(
+    tmp_path: Path, name: str, fields: dict[str, Any]
+) -> None:
+    """Published configs give a period, or nothing at all."""
+    source = build_model(name, tmp_path / "source", **fields)
+    spec = source.checkpoint.architecture.spec
+    config = json.loads((source.folder / "config.json").read_text())
+    short = {key: value for key, value in config.items() if key not in spec.layer_lists and not key.startswith("_")}
+    (source.folder / "config.json").write_text(
+        json.dumps({**short, **{k: v for k, v in fields.items() if v is not None}})
+    )
+    kept = (1, 2, 5)
+    (tmp_path / "slim").mkdir()
+    write_slim_checkpoint(open_checkpoint(source.folder), kept, tmp_path / "slim")
+    before = decoder_layers(load_model(source.folder), spec.modules)
+    after = decoder_layers(load_model(tmp_path / "slim"), spec.modules)
+    assert [traits(layer) for layer in after] == [traits(before[layer]) for layer in kept]
+    assert len({str(traits(layer)) for layer in before}) == 2
