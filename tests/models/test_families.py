@@ -149,34 +149,32 @@ def test_fixtures_have_layers_of_two_kinds(get_model: Any, name: str, differs: s
     assert len(set(kinds)) == 2
 
 
-def test_residual_multiplier_is_applied_behind_the_branch(get_model: Any) -> None:
-    source = get_model("granite")
-    layer = decoder_layers(source.model, source.checkpoint.architecture.spec.modules)[2]
+def test_branches_are_what_joins_the_residual_stream(family_model: TinyModel) -> None:
+    """What leaves a layer is what entered it and the outputs of the two branches, times the family's multiplier."""
+    modules = family_model.checkpoint.architecture.spec.modules
+    layer = decoder_layers(family_model.model, modules)[2]
+    attention, mlp = modules.branches(layer)
     caught: dict[str, torch.Tensor] = {}
 
-    def first(output: Any) -> torch.Tensor:  # transformers 4 and attention give tuples
+    def first(output: Any) -> torch.Tensor:  # transformers 4, attention and mixtures of experts give tuples
         found: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return found
 
-    modules = source.checkpoint.architecture.spec.modules
     handles = [
         layer.register_forward_pre_hook(lambda _, args: caught.update(entered=args[0])),
         layer.register_forward_hook(lambda _, __, output: caught.update(left=first(output))),
-        getattr(layer, modules.attention_branch).register_forward_hook(
-            lambda _, __, output: caught.update(one=first(output))
-        ),
-        getattr(layer, modules.mlp_branch).register_forward_hook(
-            lambda _, __, output: caught.update(other=first(output))
-        ),
+        attention.register_forward_hook(lambda _, __, output: caught.update(one=first(output))),
+        mlp.register_forward_hook(lambda _, __, output: caught.update(other=first(output))),
     ]
     with torch.inference_mode():
-        source.model(torch.tensor([[5, 6, 7]]))
+        family_model.model(torch.tensor([[5, 6, 7]]))
     for handle in handles:
         handle.remove()
-    added = caught["one"] + caught["other"]
-    multiplier = getattr(layer, modules.residual_multiplier)
-    torch.testing.assert_close(caught["left"], caught["entered"] + multiplier * added, atol=1e-5, rtol=0)
-    assert multiplier == 0.6
+    multiplier = 1.0 if modules.residual_multiplier is None else getattr(layer, modules.residual_multiplier)
+    assert multiplier == (0.6 if family_model.name == "granite" else 1.0)
+    added = multiplier * (caught["one"] + caught["other"])
+    torch.testing.assert_close(caught["left"], caught["entered"] + added, atol=1e-4, rtol=1e-5)
+    assert added.abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
