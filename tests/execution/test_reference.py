@@ -306,11 +306,11 @@ def test_generation_stops_at_the_end_token_of_each_row(llama: TinyModel) -> None
 
 @settings(max_examples=3)
 @given(data=st.data())
-def test_score_is_the_log_softmax_of_each_row_alone(family_model: TinyModel, data: st.DataObject) -> None:
-    schedule = data.draw(schedules(family_model.identity))
-    prompts = [random_tokens(family_model, length, seed=length).tolist() for length in (1, 6)]
-    responses = [random_tokens(family_model, length, seed=length).tolist() for length in (5, 2)]
-    with scheduled(family_model.model, schedule) as running:
+def test_score_is_the_log_softmax_of_each_row_alone(tiny_model: TinyModel, data: st.DataObject) -> None:
+    schedule = data.draw(schedules(tiny_model.identity))
+    prompts = [random_tokens(tiny_model, length, seed=length).tolist() for length in (1, 6)]
+    responses = [random_tokens(tiny_model, length, seed=length).tolist() for length in (5, 2)]
+    with scheduled(tiny_model.model, schedule) as running:
         scores = running.score(prompts, responses)
         for prompt, response, found in zip(prompts, responses, scores, strict=True):
             tokens_BT = torch.tensor([prompt + response])
