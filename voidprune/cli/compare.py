@@ -73,6 +73,7 @@ def compare(
         keeps=_parse_keeps(keeps),
         scopes=scopes or tuple(SCOPES),
         searches=searches or ("loss",),
+        search_evaluations=search_evaluations,
         seed=seed,
         calibrated=Calibrated(**options),
     )

@@ -24,6 +24,7 @@ class CompareRequest:
     keeps: tuple[float, ...]
     scopes: tuple[str, ...] = tuple(SCOPES)
     searches: tuple[str, ...] = ("loss",)
+    search_evaluations: int | None = None
     seed: int = 0
     calibrated: Calibrated = Calibrated()  # noqa: RUF009  a frozen value
 
@@ -54,6 +55,7 @@ def compare_model(
             keeps=request.keeps,
             scopes=request.scopes,
             searches=request.searches,
+            max_evaluations=request.search_evaluations,
             seed=request.seed,
             journal=journal,
             track=track,

@@ -90,6 +90,7 @@ def compare_criteria(
     keeps: Sequence[float],
     scopes: Sequence[str] = tuple(SCOPES),
     searches: Sequence[str] = ("loss",),
+    max_evaluations: int | None = None,
     seed: int = 0,
     journal: Journal | None = None,
     track: Track = untracked,
@@ -97,7 +98,7 @@ def compare_criteria(
     """Every ranking criterion and every search, at every budget of every scope, graded on the judging samples.
 
     Rankings that cannot meet a budget are left out of it. A search starts from the whole model and from what the rankings
-    propose, so that on the choosing samples it is never worse than they are.
+    propose, so that on the choosing samples it is never worse than they are; `max_evaluations` bounds its refinement.
     """
     entries = []
     for scope in scopes:
@@ -110,6 +111,7 @@ def compare_criteria(
                     budget,
                     objective=objective,
                     proposals=list(rivals.values()),
+                    max_evaluations=max_evaluations,
                     journal=journal,
                     track=track,
                 )
