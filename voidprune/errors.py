@@ -55,6 +55,12 @@ class DatasetError(VoidpruneError):
     usual_hint = "give JSONL, an object a line with prompt, messages, instruction or text, or plain text"
 
 
+class RecipeError(VoidpruneError):
+    """A recipe is malformed, or asks for what its kind does not know."""
+
+    usual_hint = "compare with the recipes that come with voidprune, in recipes/"
+
+
 class OutputError(VoidpruneError):
     """The output exists already, or cannot be written."""
 

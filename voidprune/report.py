@@ -63,7 +63,8 @@ def describe(path: Path) -> tuple[artifacts.Document, list[Any]]:
         return manifest.to_document(), [tables.manifest_table(manifest), tables.schedule_table(manifest.schedule)]
     if kind in _RESULTS:
         document = _read_result(file, kind)
-        return document, [_RESULTS[kind](document)]
+        shown = _RESULTS[kind](document)
+        return document, shown if isinstance(shown, list) else [shown]
     raise ArtifactError(f"{file} is not a file of voidprune")
 
 
@@ -72,6 +73,7 @@ _RESULTS: dict[str, Callable[[artifacts.Document], Any]] = {
     "harness": tables.harness_table,
     "benchmark": tables.benchmark_table,
     "comparison": tables.comparison_table,
+    "adaptive-evaluation": tables.adaptive_tables,
 }
 _VERSIONS = {"comparison": 2, "evaluation": 2}
 

@@ -368,6 +368,82 @@ def benchmark_table(document: Mapping[str, Any]) -> Table:
     return table
 
 
+_PARTS = ("scored", "generated")
+
+
+def adaptive_tables(document: Mapping[str, Any]) -> list[Table]:
+    """LAC at run time: the results of all runs side by side, then which layers counted in them."""
+    runs: Sequence[Mapping[str, Any]] = document["runs"]
+    settings = document["settings"]
+    sampling = settings["sampling"]
+    how = "greedy" if sampling is None else f"temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}"
+    results = Table(
+        title=f"LAC at run time: {document['model']} on {document['dataset']}",
+        caption=f"{how}; LAC in {settings['arithmetic']}; 95 % Wilson intervals; same: answers equal to the whole model's",
+    )
+    results.add_column("alpha", justify="right", no_wrap=True)
+    results.add_column("run", no_wrap=True)
+    if runs[0]["perplexity"] is not None:
+        results.add_column("perplexity", justify="right", no_wrap=True)
+    for task, first in runs[0]["accuracy"].items():
+        results.add_column(f"{task} ({first['num_items']})", justify="right")
+    if runs[0]["accuracy"]:
+        results.add_column("same", justify="right")
+    for run in runs:
+        cells = [] if run["perplexity"] is None else [f"{run['perplexity']:.4f}"]
+        for result in run["accuracy"].values():
+            low, high = result["interval"]
+            cells.append(f"{result['share']:.1%} [{low * 100:.0f}-{high * 100:.0f}]")
+        if run["accuracy"]:
+            cells.append(str(run["same_as_whole"]))
+        results.add_row(*_run_name(run), *cells)
+    usage = Table(
+        title=f"which of the {document['num_layers']} layers counted (prefill, decode)",
+        caption="use: share of layers and tokens that are active; last: share of tokens whose last layer is active; "
+        "depth: layers up to the last active one, on average, where logits were used",
+    )
+    histogram = Table(
+        title="last active layers", caption="tokens by the number of layers up to the last active one, from none to all"
+    )
+    for table in (usage, histogram):
+        table.add_column("alpha", justify="right", no_wrap=True)
+        table.add_column("run", no_wrap=True)
+    for name in ("use", "last", "depth"):
+        usage.add_column(name, justify="right", no_wrap=True)
+    for phase in Phase:
+        histogram.add_column(str(phase), no_wrap=True)
+    for run in runs[1:]:
+        for part in (part for part in _PARTS if part in run["usage"]):
+            counted = run["usage"][part]
+            shares = (
+                ", ".join(_share(counted[phase], key) for phase in Phase) for key in ("mean_use", "last_layer_share")
+            )
+            usage.add_row(*_run_name(run, part), *shares, f"{counted['read']['mean_depth']:.2f}")
+            histogram.add_row(*_run_name(run, part), *(_strip(counted[phase]["depths"]) for phase in Phase))
+        for part in _PARTS:
+            if "executed" in (rule := run["rules"][part]):
+                executed = (f"{rule['executed'][phase] / document['num_layers']:.0%}" for phase in Phase)
+                usage.add_row(*_run_name(run, part), ", ".join(executed))
+    return [results, usage, histogram]
+
+
+def _run_name(run: Mapping[str, Any], *parts: str) -> tuple[str, str]:
+    return ("" if run["alpha"] is None else f"{run['alpha']:g}", ", ".join((run["name"], *parts)))
+
+
+def _share(counted: Mapping[str, Any], key: str) -> str:
+    return f"{counted[key]:.0%}" if counted["num_tokens"] else "-"
+
+
+def _strip(counts: Sequence[int], width: int = 13) -> str:
+    """A histogram as shades, full where most are; more values than cells share cells."""
+    cells = [0] * min(width, len(counts))
+    for position, count in enumerate(counts):
+        cells[position * len(cells) // len(counts)] += count
+    top = max(cells) or 1
+    return "".join(_SHADES[-(-count * (len(_SHADES) - 1) // top)] for count in cells)
+
+
 def manifest_table(manifest: Manifest) -> Table:
     table = Table(title=f"bundle of {manifest.source}", show_header=False)
     schedule = manifest.schedule

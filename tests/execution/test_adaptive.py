@@ -294,6 +294,18 @@ def test_whole_is_the_reference_s_full_schedule(tiny_model: TinyModel) -> None:
         assert running.take_usage().read.last_layer_share == 1
 
 
+@pytest.mark.parametrize("rule", [Whole(), *RULES], ids=lambda rule: type(rule).__name__)
+def test_predictions_are_what_is_scored(llama: TinyModel, rule: Rule) -> None:
+    with adaptive(llama.model, rule) as running:
+        predicted = running.predict(PROMPTS, RESPONSES)
+        scores = running.score(PROMPTS, RESPONSES)
+    for response, found_TV, score in zip(RESPONSES, predicted, scores, strict=True):
+        assert found_TV.shape == (len(response), running.vocab_size)
+        assert [float(row[token]) for row, token in zip(found_TV, response, strict=True)] == pytest.approx(
+            score.tolist(), abs=1e-5
+        )
+
+
 def test_hooks_are_taken_away(llama: TinyModel) -> None:
     with adaptive(llama.model, Whole()):
         assert any(layer._forward_hooks for layer in llama.model.model.layers)

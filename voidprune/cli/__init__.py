@@ -19,6 +19,7 @@ from voidprune.cli.export import export
 from voidprune.cli.generate import generate
 from voidprune.cli.plan import plan
 from voidprune.cli.profile import profile
+from voidprune.cli.run import run
 from voidprune.cli.show import families, report, show
 from voidprune.errors import VoidpruneError
 
@@ -61,5 +62,5 @@ def main() -> None:
     """
 
 
-for command in (profile, plan, compare, export, generate, show, families, evaluate, bench, report, demo):
+for command in (profile, plan, compare, export, generate, show, families, evaluate, bench, run, report, demo):
     main.add_command(command)

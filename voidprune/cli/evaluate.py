@@ -7,11 +7,12 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from voidprune.cli.adaptive import adaptive_command, adaptive_options
 from voidprune.cli.options import (
     gate_options,
     gates_of,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Harness: worked examples before each item.")
 @click.option("--apply-chat-template", is_flag=True, help="Harness: contexts as messages of a user.")
 @provider_option
+@adaptive_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result as JSON.")
 @overwrite_option
 @json_option
@@ -74,6 +76,7 @@ def evaluate(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    **adaptive: Any,
 ) -> None:
     """Quality, with intervals: whole model, reference under a schedule, ONNX bundle, item by item.
 
@@ -83,10 +86,31 @@ def evaluate(
     \b
       voidprune eval slim --baseline MODEL --tasks items.jsonl --min-score 0.9 --max-ppl-ratio 1.05
       voidprune eval slim --baseline MODEL --harness boolq,arc_easy --limit 200
+      voidprune eval MODEL --adaptive readout --adaptive mask --alpha 0.8 --tasks items.jsonl
     """
     from voidprune import artifacts
+    from voidprune.pipeline.tasks import dataset_name, find_rows
     from voidprune.schedule import read_schedule
 
+    others = ("schedule_file", "baseline", "provider", "min_scores", "max_ppl_ratio", "harness")
+    given = [name for name in others if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if adaptive_command(
+        model,
+        lambda: find_rows(tasks, num_items=num_samples),
+        dataset=dataset_name(tasks),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        output=output,
+        overwrite=overwrite,
+        as_json=as_json,
+        quiet=quiet,
+        refused=[
+            "--" + {"schedule_file": "schedule", "min_scores": "min-score"}.get(name, name.replace("_", "-"))
+            for name in given
+        ],
+        **adaptive,
+    ):
+        return
     _refuse_strangers(context, harness is not None)
     if output is not None:
         artifacts.check_output_file(output, overwrite=overwrite)
@@ -119,7 +143,6 @@ def evaluate(
         gates.check_scores(found.scores, what=f"{found.model} ({found.judged})")
         return
     from voidprune.pipeline.evaluation import evaluate_model
-    from voidprune.pipeline.tasks import dataset_name, find_rows
     from voidprune.tables import evaluation_table
 
     rows = find_rows(tasks, num_items=num_samples)

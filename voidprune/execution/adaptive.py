@@ -259,7 +259,29 @@ class AdaptiveModel:
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-        """Log-probability, in nats, of each response token, teacher-forced in one pass.
+        """Log-probability, in nats, of each response token, teacher-forced in one pass."""
+        scores = []
+        for response, logits_TV in zip(responses, self._response_logits(prompts, responses), strict=True):
+            predicted_TV = logits_TV.double().log_softmax(-1)
+            targets_T1 = torch.tensor(list(response), dtype=torch.long, device=predicted_TV.device).unsqueeze(-1)
+            scores.append(predicted_TV.gather(-1, targets_T1).squeeze(-1).cpu().numpy())
+        return scores
+
+    def predict(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Log-probabilities, in nats, of the whole vocabulary where each response token is due: [T, V] an item, teacher-forced."""
+        return [
+            logits_TV.float().log_softmax(-1).cpu().numpy() for logits_TV in self._response_logits(prompts, responses)
+        ]
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[no-untyped-call]
+
+    def _response_logits(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits [T, V] where each response token is due, item by item, from one pass.
 
         The last response token is not fed: nothing follows it. Rows are padded on the left, so that the logits that are needed
         stand at the end.
@@ -276,17 +298,15 @@ class AdaptiveModel:
             num_logits=num_logits,
         )
         fed = torch.tensor([max(0, len(response) - 1) for response in responses])[:, None]
-        scored = torch.tensor([len(response) for response in responses])[:, None]
+        due = torch.tensor([len(response) for response in responses])[:, None]
         from_end = torch.arange(width - 1, -1, -1)
         self._count("prefill", mask_BT.bool() & (from_end >= fed))
         self._count("decode", mask_BT.bool() & (from_end < fed))
-        self._count("read", mask_BT.bool() & (from_end < scored))
-        scores = []
-        for response, logits_TV in zip(responses, logits_BTV, strict=True):
-            predicted_TV = logits_TV[len(logits_TV) - len(response) :].double().log_softmax(-1)
-            targets_T1 = torch.tensor(list(response), dtype=torch.long, device=predicted_TV.device).unsqueeze(-1)
-            scores.append(predicted_TV.gather(-1, targets_T1).squeeze(-1).cpu().numpy())
-        return scores
+        self._count("read", mask_BT.bool() & (from_end < due))
+        return [
+            logits_TV[len(logits_TV) - len(response) :]
+            for response, logits_TV in zip(responses, logits_BTV, strict=True)
+        ]
 
     def _forward(
         self,
