@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench-profile install clean
+.PHONY: demo test check bench-profile bench-export install clean
 
 demo: .venv/installed
 	$(BIN)/voidprune demo --output out/demo --overwrite
@@ -17,6 +17,10 @@ check: .venv/installed
 
 bench-profile: .venv/installed
 	$(BIN)/python benchmarks/profiling.py
+
+# 15 GB of random weights are generated, and removed again; BENCH='--layers 4' for less.
+bench-export: .venv/installed
+	$(BIN)/python benchmarks/export.py $(BENCH)
 
 install: .venv/installed
 

@@ -288,3 +288,21 @@ with staged_folder(Path({str(tmp_path)!r}) / "out", marker="old") as stage:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == -9
     assert not (tmp_path / "out").exists()
+
+
+def test_what_killed_processes_left_is_removed_and_what_runs_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    abandoned = tmp_path / ".out.voidprune-abandoned"
+    (abandoned / "deep").mkdir(parents=True)
+    bystander = tmp_path / ".out.original"
+    bystander.mkdir()
+    with artifacts.staged_folder(target, marker="m") as running:
+        assert not abandoned.exists()
+        (running / "m").write_text("first")
+        with artifacts.staged_folder(tmp_path / "out", marker="m"):
+            assert running.exists(), "somebody builds there"
+        assert bystander.exists()
+        for path in target.iterdir():
+            path.unlink()
+    assert (target / "m").read_text() == "first"
+    bystander.rmdir()

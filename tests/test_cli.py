@@ -342,7 +342,7 @@ def test_a_result_with_holes_is_named(tmp_path: Path) -> None:
 def test_termination_leaves_nothing_half_built(tmp_path: Path) -> None:
     script = (
         "import os, signal\nfrom voidprune import cli\nfrom voidprune.pipeline import export\n"
-        "export.check_bundle = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "export.verify_bundle = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"cli.main(['export', 'demo', '-o', {str(tmp_path / 'out')!r}, '--keep', '0.5', '--criterion', 'last-n'])"
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

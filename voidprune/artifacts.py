@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -153,10 +154,12 @@ def staged_folder(path: Path, *, marker: str, overwrite: bool = False) -> Iterat
     check_output_folder(path, overwrite=overwrite, marker=marker)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        remove_abandoned(path)
+        stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=_stage_prefix(path)))
         try:
             stage.chmod(0o777 & ~_umask())
-            yield stage
+            with _locked(stage):
+                yield stage
             for file in stage.rglob("*"):
                 if file.is_file():
                     _flush(file)
@@ -164,6 +167,29 @@ def staged_folder(path: Path, *, marker: str, overwrite: bool = False) -> Iterat
             _flush(path.parent)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stage_prefix(path: Path) -> str:
+    return f".{path.name}.voidprune-"
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed while they built `path` left beside it: maybe many gigabytes."""
+    prefix = _stage_prefix(path)
+    for folder in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+        with contextlib.suppress(OSError), _locked(folder):  # locked already: somebody is building there
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for the duration of the block. The system lets go of it when the process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _replace_folder(path: Path, stage: Path) -> None:

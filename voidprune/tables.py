@@ -451,8 +451,7 @@ def manifest_table(manifest: Manifest) -> Table:
         "layers in checkpoint": f"{len(manifest.kept_layers)} of {schedule.num_layers}",
         "executed in prefill": str(schedule.num_executed(Phase.PREFILL)),
         "executed in decode": str(schedule.num_executed(Phase.DECODE)),
-        "weights": f"{format_bytes(manifest.sizes['model.safetensors'])} {manifest.dtype}, "
-        f"of {format_bytes(manifest.source_bytes)}",
+        "weights": f"{format_bytes(manifest.weight_bytes)} {manifest.dtype}, of {format_bytes(manifest.source_bytes)}",
         "graphs": ", ".join(
             f"{graph.file} {format_bytes(manifest.sizes[graph.file])}" for graph in manifest.graphs.values()
         )

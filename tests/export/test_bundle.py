@@ -166,7 +166,8 @@ def test_model_card_says_what_to_know(llama: TinyModel, tmp_path: Path, boundary
     )
     export(llama, tmp_path / "out", schedule=schedule)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nbase_model: llama\n")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "base_model" not in card, "a folder's name is no model of the Hub"
     assert "5 of 6 layers are in the checkpoint; prefill executes 3 of them, decode 4." in card
     assert "| 1 | kv_only | full | 1 |" in card
     assert "| 2 | skip | skip | dropped |" in card

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import NUM_LAYERS, TinyModel
 from voidprune.errors import CheckpointError, ModelError
-from voidprune.export.hf_checkpoint import PRECISIONS, write_slim_checkpoint
+from voidprune.export.hf_checkpoint import PRECISIONS, parse_shard_size, write_slim_checkpoint
 from voidprune.models.checkpoint import WEIGHTS_FILE, open_checkpoint
 
 KEPT = (1, 2, 5)
@@ -178,3 +178,49 @@ def test_slimming_twice_is_slimming_once(family_model: TinyModel, tmp_path: Path
     assert {path.name for path in once.iterdir()} == {path.name for path in twice.iterdir()}
     for path in once.iterdir():
         assert path.read_bytes() == (twice / path.name).read_bytes(), path.name
+
+
+# ---- shards and carried folders
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1.5kb", 1500), ("700", 700), (" 3 TB ", 3 * 10**12)],
+)
+def test_sizes_are_spelled_as_transformers_does(text: str, size: int) -> None:
+    assert parse_shard_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 apples", "0", "0.1b", "1e9", "5iB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no size|is less than a byte"):
+        parse_shard_size(text)
+
+
+def test_shards_load_in_stock_transformers(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = tmp_path / "slim"
+    folder.mkdir()
+    write_slim_checkpoint(tiny_model.checkpoint, KEPT, folder, max_shard_bytes=60_000)
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+    assert not (folder / WEIGHTS_FILE).exists()
+    whole = AutoModelForCausalLM.from_pretrained(slim(tiny_model.folder, tmp_path / "whole")).state_dict()
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+    if tiny_model.checkpoint.architecture.tied_embeddings:
+        assert "lm_head.weight" not in read_json(folder / "model.safetensors.index.json")["weight_map"]
+
+
+def test_further_templates_and_licences_are_carried_over(spoilable: Path, tmp_path: Path) -> None:
+    carried = ["additional_chat_templates/tools.jinja", "LICENSES/MIT.txt", "License.md", "USE_POLICY.md", "qwen.tiktoken",
+               "spiece.model", "vocab.txt", "added_tokens.json"]  # fmt: skip
+    left = ["additional_chat_templates/evil.py", ".git/config", ".cache/x.json", "onnx/model.onnx", "tokenizer.py",
+            "tf_model.h5", "model.gguf", "vocab.bin"]  # fmt: skip
+    for name in carried + left:
+        (spoilable / name).parent.mkdir(exist_ok=True)
+        (spoilable / name).write_bytes(name.encode() + b"\r\n\xff")
+    folder = slim(spoilable, tmp_path / "slim")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*carried, "config.json", "generation_config.json", WEIGHTS_FILE}
+    for name in carried:
+        assert (folder / name).read_bytes() == (spoilable / name).read_bytes()

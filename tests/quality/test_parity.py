@@ -19,9 +19,18 @@ from voidprune.errors import ParityError
 from voidprune.execution.manifest import Parity
 from voidprune.execution.reference import scheduled
 from voidprune.execution.session import BundleSession
+from voidprune.export.bundle import export_bundle
 from voidprune.export.onnx_graph import author_decode, author_prefill, save_graph
 from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint, read_header
-from voidprune.quality.parity import TOLERANCE, check_bundle, make_scripts, run_reference, run_session
+from voidprune.quality.parity import (
+    TOLERANCE,
+    check_bundle,
+    check_layers,
+    make_scripts,
+    run_reference,
+    run_session,
+    verify_bundle,
+)
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, full_schedule
 
 A = LayerAction
@@ -230,3 +239,55 @@ def test_both_sides_give_the_same_places(llama: TinyModel, make_bundle: MakeBund
 def test_parity_counts_what_it_compared(bundle: Bundle) -> None:
     assert (bundle.parity.num_prompts, bundle.parity.num_decode_steps) == (6, 4)
     assert isinstance(bundle.session, BundleSession)
+
+
+# ---- in as much memory as there is
+
+
+LITTLE = 700_000  # bytes: enough for one layer of the tiny models, too little for six
+
+
+@pytest.mark.parametrize("boundary", Boundary)
+@pytest.mark.parametrize("precision", ["keep", "fp16"])
+def test_layer_by_layer_passes_where_the_whole_does(
+    llama: TinyModel, tmp_path: Path, boundary: Boundary, precision: str
+) -> None:
+    schedule = Schedule(
+        model=llama.identity,
+        prefill=(A.FULL, A.KV_ONLY, A.SKIP, A.KV_ONLY, A.FULL, A.FULL),
+        decode=(A.FULL, A.FULL, A.SKIP, A.FULL, A.SKIP_MLP, A.FULL),
+        boundary=boundary,
+    )
+
+    def verify(stage: Path) -> Parity:
+        whole = verify_bundle(stage, source=llama.checkpoint, schedule=schedule)
+        assert not whole.layer_streamed
+        return verify_bundle(stage, source=llama.checkpoint, schedule=schedule, available_bytes=LITTLE)
+
+    manifest = export_bundle(
+        llama.checkpoint, schedule, tmp_path / "out", verify=verify, precision=precision, max_shard_bytes=150_000
+    )
+    assert manifest.parity is not None
+    assert manifest.parity.layer_streamed
+    assert manifest.parity.hf <= TOLERANCE
+    assert manifest.parity.onnx is not None
+    assert "decoder layers loaded one at a time" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.3.self_attn.v_proj.weight", "lm_head.weight"])
+def test_layer_by_layer_finds_one_wrong_number(bundle: Bundle, name: str) -> None:
+    change_number(bundle, name, add=0.5)
+    with pytest.raises(ParityError, match=CHECKPOINT):
+        check_layers(bundle.folder, source=bundle.source.checkpoint, schedule=bundle.schedule)
+
+
+def test_layer_by_layer_finds_a_wrong_graph(bundle: Bundle) -> None:
+    wrong = Schedule(model=bundle.schedule.model, prefill=FULL, decode=(*FULL[:4], A.SKIP_MLP, A.FULL))
+    rewrite_graphs(bundle, wrong)
+    with pytest.raises(ParityError, match=GRAPHS):
+        check_layers(bundle.folder, source=bundle.source.checkpoint, schedule=bundle.schedule)
+
+
+def test_no_memory_for_one_layer_is_an_error(bundle: Bundle) -> None:
+    with pytest.raises(ParityError, match="one layer of llama takes"):
+        verify_bundle(bundle.folder, source=bundle.source.checkpoint, schedule=bundle.schedule, available_bytes=100_000)

@@ -35,6 +35,9 @@ from voidprune.cli.plan import print_plan
     "--format", "formats", type=click.Choice(["hf", "onnx"]), multiple=True, help="Default: all that the family has."
 )
 @click.option("--precision", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file, such as 5GB or 500MB.")
+@click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result to the Hugging Face Hub, as private.")
+@click.option("--public", is_flag=True, help="Let the whole world see what is pushed.")
 @budget_options
 @trial_options
 @gate_options
@@ -58,6 +61,9 @@ def export(
     min_scores: tuple[tuple[str | None, float], ...],
     max_ppl_ratio: float | None,
     eval_tasks: str,
+    max_shard_size: str,
+    repo: str | None,
+    public: bool,
     provider: str | None,
     seed: int,
     overwrite: bool,
@@ -71,16 +77,20 @@ def export(
     Without a schedule, layers are chosen on the way: every criterion is tried on the model, on the prompts that ship with the
     package or on --dataset. Where nothing was healed, --goal fast-prompt is the one to begin with.
 
+    Of a model on the Hub only the layers that are kept are fetched, where choosing them does not take the model.
+
     \b
       voidprune export MODEL -o slim --keep 0.3
       voidprune export MODEL -o fast --goal fast-prompt --dataset prompts.jsonl
     """
     from voidprune import artifacts
     from voidprune.execution.manifest import FILE
+    from voidprune.export.hf_checkpoint import parse_shard_size
+    from voidprune.export.publishing import check_push_target, push_bundle
     from voidprune.models.checkpoint import PRECISIONS
     from voidprune.models.sizes import measure_sizes
     from voidprune.pipeline.export import default_formats, export_model
-    from voidprune.pipeline.models import open_model
+    from voidprune.pipeline.models import open_kept_layers, open_model
     from voidprune.pipeline.plan import Planned, plan_from_model
     from voidprune.profiling.profile import read_profile
     from voidprune.schedule import read_schedule
@@ -94,14 +104,25 @@ def export(
             if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
                 option = "--" + name.removesuffix("_file").replace("_", "-")
                 raise click.UsageError(f"--schedule says all about the layers; it does not go with {option}")
-    checkpoint = open_model(model)
+    try:
+        max_shard_bytes = parse_shard_size(max_shard_size)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--max-shard-size'") from error
+    if public and repo is None:
+        raise click.UsageError("--public says how to push; it goes with --push-to-hub")
+    if repo is not None and target is not None:
+        check_push_target(repo, public=public)
+    request = None if schedule_file is not None else plan_request(seed=seed, **options)
+    runs_model = request is not None and request.runs_model(has_profile=profile_file is not None)
+    checkpoint = open_model(model) if runs_model else open_kept_layers(model)
     sizes = measure_sizes(checkpoint, dtype=PRECISIONS.get(precision))
-    if schedule_file is not None:
+    if request is None:
+        assert schedule_file is not None
         planned = Planned(read_schedule(schedule_file), sizes)
         planned.schedule.check_model(checkpoint.identity, place=str(schedule_file))
     else:
         planned = plan_from_model(
-            plan_request(seed=seed, **options),
+            request,
             checkpoint,
             sizes=sizes,
             profile=None if profile_file is None else read_profile(profile_file),
@@ -126,11 +147,16 @@ def export(
         target,
         formats=formats,
         precision=precision,
+        max_shard_bytes=max_shard_bytes,
         provider=provider,
         overwrite=overwrite,
         seed=seed,
         accept=accept,
+        track=progress_bars(quiet),
     )
     show_result(manifest.to_document(), manifest_table, manifest, as_json=as_json)
     if not as_json:
         click.echo(f"wrote {target}")
+    if repo is not None:
+        address = push_bundle(target, repo, public=public)
+        click.echo(f"pushed to {address}", err=as_json)

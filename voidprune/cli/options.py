@@ -78,7 +78,7 @@ budget_options = _together(
         click.option(
             "--criterion",
             type=click.Choice([*CRITERIA, *SEARCHES]),
-            help="How to choose layers. Default: auto where the model is at hand, lac from a profile alone.",
+            help="How to choose layers. Default: lac where there is a profile, else auto: the best on trial.",
         ),
         click.option(
             "--goal",

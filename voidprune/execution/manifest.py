@@ -29,7 +29,9 @@ class Parity:
     """How far the export is from the reference.
 
     The largest absolute difference of logits found over prefill, decode and a second turn, at batch 1 and 2, and the
-    tolerance that it had to stay within. `onnx` is None where no graph was written.
+    tolerance that it had to stay within. `onnx` is None where no graph was written. With `layer_streamed`, source and
+    checkpoint were too large for the memory: decoder layers were loaded one at a time, for one pass over prompts and
+    responses without a cache.
     """
 
     hf: float
@@ -37,8 +39,11 @@ class Parity:
     tolerance: float
     num_prompts: int
     num_decode_steps: int
+    layer_streamed: bool = False
 
     def __post_init__(self) -> None:
+        if type(self.layer_streamed) is not bool:
+            raise ValueError(f"layer_streamed is {self.layer_streamed!r}")
         numbers = (self.hf, self.tolerance, self.num_prompts, self.num_decode_steps)
         if not all(type(number) in (int, float) for number in (*numbers, self.onnx or 0)):
             raise ValueError("a figure of the parity is not a number")
@@ -49,8 +54,8 @@ class Manifest:
     """A bundle. `schedule` speaks of the original model; `kept_layers[i]` is the original number of layer i of the checkpoint.
 
     `slots[s]` is the original number of the layer in cache slot s. `source_bytes` is the size of the source's
-    weights, `weights_header` the SHA-256 of the header of ours (see `checkpoint.header_hash`); `files` maps each file to its
-    SHA-256, `sizes` to its bytes.
+    weights, `source_revision` its commit where it was fetched from the Hub piece by piece; `weights_header` is the SHA-256 of
+    the headers of ours (see `checkpoint.weights_hash`); `files` maps each file to its SHA-256, `sizes` to its bytes.
     """
 
     schedule: Schedule
@@ -66,6 +71,15 @@ class Manifest:
     sizes: Mapping[str, int]
     parity: Parity | None
     written_by: str
+    source_revision: str | None = None
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        return tuple(sorted(name for name in self.sizes if name.endswith(".safetensors")))
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.sizes[name] for name in self.weight_files)
 
     def __post_init__(self) -> None:
         """Raises ValueError where the parts do not fit together."""
@@ -81,6 +95,7 @@ class Manifest:
         for name, value, kind in (
             ("context_length", self.context_length, int),
             ("source", self.source, str),
+            ("source_revision", self.source_revision or "", str),
             ("source_bytes", self.source_bytes, int),
             ("weights_header", self.weights_header, str),
             ("written_by", self.written_by, str),
@@ -102,6 +117,7 @@ class Manifest:
                 str(phase): {"file": graph.file, "slots": list(graph.slots)} for phase, graph in self.graphs.items()
             },
             "source": self.source,
+            "source_revision": self.source_revision,
             "source_bytes": self.source_bytes,
             "weights_header": self.weights_header,
             "files": dict(self.files),
@@ -112,7 +128,9 @@ class Manifest:
 
     @classmethod
     def from_document(cls, document: artifacts.Document, *, place: str) -> Manifest:
-        artifacts.check_keys(document, required={"schema", *cls.__dataclass_fields__}, place=place)
+        optional = {"source_revision"}
+        required = {"schema", *cls.__dataclass_fields__} - optional
+        artifacts.check_keys(document, required=required, optional=optional, place=place)
         try:
             parity = document["parity"]
             return cls(
@@ -126,6 +144,7 @@ class Manifest:
                     for phase, graph in document["graphs"].items()
                 },
                 source=document["source"],
+                source_revision=document.get("source_revision"),
                 source_bytes=document["source_bytes"],
                 weights_header=document["weights_header"],
                 files=dict(document["files"]),

@@ -2,7 +2,7 @@
 
 Token ids in, logits and token ids out; texts are the business of the caller. Neither torch nor transformers is imported.
 
-Both graphs read their weights from the same safetensors file. On the CPU in float32 onnxruntime maps that file, and with
+Both graphs read their weights from the same safetensors files. On the CPU in float32 onnxruntime maps them, and with
 packing switched off neither session makes a copy of its own. Past and present K/V are one buffer, so a step writes only what is
 new. Rows whose prompts differ in length are prefilled one by one, straight into their place in the buffers, and decoded
 together; nothing is ever padded.
@@ -23,7 +23,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from voidprune.errors import CheckpointError, ContextLengthError, ModelError, RuntimeProviderError
 from voidprune.execution.manifest import Manifest, read_manifest
-from voidprune.models.checkpoint import WEIGHTS_FILE, header_hash, read_header
+from voidprune.models.checkpoint import read_header, weights_hash
 from voidprune.schedule import Boundary, Phase
 
 Array = np.ndarray[Any, Any]
@@ -254,13 +254,14 @@ def size_thread_pool(threads: int) -> None:
 
 
 def _check_weights(folder: Path, manifest: Manifest) -> None:
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        raise CheckpointError(f"{folder} lacks {WEIGHTS_FILE}", hint="export the model again")
-    read_header(weights)
-    if header_hash(weights) != manifest.weights_header:
+    for name in manifest.weight_files:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}", hint="export the model again")
+        read_header(folder / name)
+    if weights_hash(folder) != manifest.weights_header:
         raise CheckpointError(
-            f"the header of {weights} is not the one that the graphs were written for", hint="export the model again"
+            f"the header of the weights in {folder} is not the one that the graphs were written for",
+            hint="export the model again",
         )
 
 

@@ -1,8 +1,8 @@
 """The one folder: slim Hugging Face checkpoint, two graphs that read its weights, and what the folder says of itself.
 
     config.json  generation_config.json  tokenizer files ...
-    model.safetensors                 the only weights
-    prefill.onnx  decode.onnx         kilobytes; every weight is external data into model.safetensors
+    model.safetensors                 the only weights; shards and an index where they are too large for one file
+    prefill.onnx  decode.onnx         kilobytes; every weight is external data into the weight files
     genai_config.json                 for onnxruntime-genai
     voidprune.json  README.md         schedule, layer numbers, hashes, sizes, parity; the model card
 
@@ -22,11 +22,12 @@ from voidprune.execution import manifest as manifests
 from voidprune.execution.manifest import Graph, Manifest, Parity
 from voidprune.export.genai import FILE as GENAI_FILE
 from voidprune.export.genai import describe_genai
-from voidprune.export.hf_checkpoint import write_slim_checkpoint
+from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, write_slim_checkpoint
 from voidprune.export.model_card import write_model_card
-from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, header_hash, open_checkpoint
+from voidprune.models.checkpoint import Checkpoint, open_checkpoint, weights_hash
 from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.pretrained import end_tokens
+from voidprune.models.tensors import Advance
 from voidprune.schedule import Phase, Schedule
 
 FORMATS = ("hf", "onnx")
@@ -42,13 +43,16 @@ def export_bundle(
     verify: Verify,
     formats: Collection[str] = FORMATS,
     precision: str = "keep",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    advance: Advance = lambda _amount: None,
 ) -> Manifest:
     """Write the bundle of a model under a schedule.
 
     `verify` gets the staged folder, which `read_manifest` and all loaders accept, and returns how far it is from the
     reference; what it raises (ParityError) ends the export with nothing published. The checkpoint is written in any case,
-    because the graphs read it. Raises ScheduleError, ModelError, CheckpointError, OutputError.
+    because the graphs read it; `advance` is told the bytes of tensors written.
+    Raises ScheduleError, ModelError, CheckpointError, OutputError.
     """
     schedule.check_model(source.identity, place="the schedule")
     if "onnx" in formats:
@@ -56,10 +60,12 @@ def export_bundle(
     if source.folder.resolve().is_relative_to(folder.resolve()):
         raise OutputError(f"{folder} holds the model itself", hint="choose another --output")
     with artifacts.staged_folder(folder, overwrite=overwrite, marker=manifests.FILE) as stage:
-        write_slim_checkpoint(source, schedule.union, stage, precision=precision)
+        hashes = write_slim_checkpoint(
+            source, schedule.union, stage, precision=precision, max_shard_bytes=max_shard_bytes, advance=advance
+        )
         slim = open_checkpoint(stage, name=folder.name)
         graphs = _write_graphs(slim, schedule, stage) if "onnx" in formats else {}
-        files = sorted(path for path in stage.iterdir() if path.is_file())
+        files = {path.relative_to(stage).as_posix(): path for path in sorted(stage.rglob("*")) if path.is_file()}
         manifest = Manifest(
             schedule=schedule,
             kept_layers=schedule.union,
@@ -68,17 +74,18 @@ def export_bundle(
             context_length=slim.architecture.context_length,
             graphs=graphs,
             source=source.name,
+            source_revision=source.revision,
             source_bytes=sum(file.stat().st_size for file in {record.file for record in source.tensors.values()}),
-            weights_header=header_hash(stage / WEIGHTS_FILE),
-            files={path.name: artifacts.file_hash(path) for path in files},
-            sizes={path.name: path.stat().st_size for path in files},
+            weights_header=weights_hash(stage),
+            files={name: hashes.get(name) or artifacts.file_hash(path) for name, path in files.items()},
+            sizes={name: path.stat().st_size for name, path in files.items()},
             parity=None,
             written_by=f"voidprune {voidprune.__version__}",
         )
         _write_manifest(stage, manifest)
         manifest = replace(manifest, parity=verify(stage))
         _write_manifest(stage, manifest)
-        write_model_card(stage, manifest)
+        write_model_card(stage, manifest, source=source.folder)
     return manifest
 
 

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
+from voidprune.errors import ModelError
 from voidprune.execution.manifest import Manifest
 from voidprune.schedule import Boundary, LayerAction, Phase
 
+_INHERITED = ("license", "license_name", "license_link", "language")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
-def write_model_card(folder: Path, manifest: Manifest) -> None:
-    (folder / "README.md").write_text(_render(manifest))
+
+def write_model_card(folder: Path, manifest: Manifest, *, source: Path) -> None:
+    """Write README.md. Licence and languages are those of the source's own card. Raises ModelError where that is broken."""
+    front_matter = describe_card(manifest, read_card(source / "README.md"))
+    (folder / "README.md").write_text(f"---\n{front_matter}\n---\n\n{_render(manifest)}")
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The metadata in front of a model card; empty where there is no card, or none in it. Raises ModelError."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    if not path.is_file():
+        return {}
+    try:
+        return dict(metadata_load(path) or {})
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ModelError(
+            f"the metadata of {path} is not YAML", hint="mend the lines between --- and --- in it"
+        ) from error
+
+
+def describe_card(manifest: Manifest, source_card: dict[str, Any]) -> str:
+    """The front matter, as the Hub accepts it: a base model has to be the id of a model there, not a folder's name."""
+    from huggingface_hub import ModelCardData
+
+    fields = {name: source_card[name] for name in _INHERITED if source_card.get(name)}
+    if _HUB_ID.fullmatch(manifest.source):
+        fields["base_model"] = manifest.source
+    card = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["voidprune", "layer-pruning"], **fields
+    )
+    return str(card.to_yaml()).strip()
 
 
 def _render(manifest: Manifest) -> str:
@@ -20,19 +56,12 @@ def _render(manifest: Manifest) -> str:
     ]
     return "\n".join(
         [
-            "---",
-            f"base_model: {manifest.source}",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags: [voidprune, layer-pruning]",
-            "---",
-            "",
             f"# {manifest.source}, with fewer decoder layers",
             "",
             f"Written by {manifest.written_by}. {len(manifest.kept_layers)} of {schedule.num_layers} layers are in the "
             f"checkpoint; prefill executes {schedule.num_executed(Phase.PREFILL)} of them, decode "
-            f"{schedule.num_executed(Phase.DECODE)}. Weights: {manifest.sizes['model.safetensors']:,} bytes, of the "
-            f"source {manifest.source_bytes:,}.",
+            f"{schedule.num_executed(Phase.DECODE)}. Weights: {manifest.weight_bytes:,} bytes, of the "
+            f"source {manifest.source_bytes:,}.{_render_revision(manifest)}",
             "",
             "## Know before use",
             "",
@@ -96,8 +125,21 @@ def _render_parity(manifest: Manifest) -> str:
     parity = manifest.parity
     assert parity is not None, "nothing unverified is published"
     onnx = "" if parity.onnx is None else f"; of the ONNX graphs, {parity.onnx:.2g}"
+    if parity.layer_streamed:
+        return (
+            f"Largest difference of logits from the reference (the source model with the dropped parts left out), over "
+            f"{parity.num_prompts} prompts with responses of {parity.num_decode_steps} tokens, in one pass without a cache, "
+            f"decoder layers loaded one at a time because both models do not fit into the memory: of the checkpoint, "
+            f"{parity.hf:.2g}{onnx}; allowed, {parity.tolerance:.2g}."
+        )
     return (
         f"Largest difference of logits from the reference (the source model with the dropped parts left out), over "
         f"{parity.num_prompts} prompts with {parity.num_decode_steps} decode steps each and a second turn: of the checkpoint, "
         f"{parity.hf:.2g}{onnx}; allowed, {parity.tolerance:.2g}."
     )
+
+
+def _render_revision(manifest: Manifest) -> str:
+    if manifest.source_revision is None:
+        return ""
+    return f" Only what is kept was fetched from the Hub, at commit {manifest.source_revision}."

@@ -1,8 +1,8 @@
-"""safetensors checkpoints as bytes: find them, check them, read tensors lazily, write new ones by copying ranges. No torch.
+"""Checkpoints: model folders with safetensors weights. Find them, check them, say what they are. No torch.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes N, little endian; N bytes of JSON, name -> dtype, shape,
-[begin, end) offsets behind the header; the tensors, without holes. A folder holds either `model.safetensors` or an index
-`model.safetensors.index.json` whose `weight_map` names the shard of each tensor.
+A folder holds either `model.safetensors` or an index `model.safetensors.index.json` whose `weight_map` names the shard of each
+tensor. What a file says about its tensors is read in `tensors.py`; new files are written in `copying.py`; models on the Hub of
+which only a part is fetched are opened in `remote.py`.
 """
 
 from __future__ import annotations
@@ -11,57 +11,79 @@ import functools
 import hashlib
 import itertools
 import json
-import math
-import os
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 from voidprune.errors import CheckpointError, ModelError
 from voidprune.models.architecture import DecoderArchitecture
+from voidprune.models.copying import INDEX_FILE, PAGE, WEIGHTS_FILE, copy_tensors
 from voidprune.models.families import read_architecture
+from voidprune.models.tensors import (
+    DTYPE_BYTES,
+    FLOAT_DTYPES,
+    PRECISIONS,
+    TensorRecord,
+    header_hash,
+    numpy_dtype,
+    precision_name,
+    read_header,
+    read_tensor,
+    stored_bytes,
+)
 from voidprune.schedule import ModelIdentity
 
-if TYPE_CHECKING:
-    import numpy as np
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*",
+               "README.md")  # fmt: skip
+"""What is fetched from the Hub besides weights: configuration, tokenizer, chat templates, licence, model card."""
+OTHER_WEIGHTS = ("consolidated*", "original/*", "onnx/*")
+"""The same model once more, in other formats."""
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PAGE = 4096  # headers are padded so that the data starts on a page and can be mapped by others
-_MAX_HEADER = 100_000_000  # the limit of the safetensors library
-_CHUNK = 1 << 24
-
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-FLOAT_DTYPES = ("F32", "F16", "BF16")
-PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-"""Names on the command line, and those of safetensors."""
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """Where one tensor lies: `num_bytes` bytes at `offset` (from the start of the file) of `file`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    num_bytes: int
+# What other rooms need of a checkpoint's files, they find here.
+__all__ = [
+    "DTYPE_BYTES",
+    "FLOAT_DTYPES",
+    "INDEX_FILE",
+    "PAGE",
+    "PRECISIONS",
+    "WEIGHTS_FILE",
+    "Checkpoint",
+    "TensorRecord",
+    "check_tensors",
+    "copy_tensors",
+    "find_model",
+    "header_hash",
+    "layer_tensor_groups",
+    "layer_tensor_order",
+    "merge_shards",
+    "numpy_dtype",
+    "open_checkpoint",
+    "parse_index",
+    "precision_name",
+    "read_header",
+    "read_json",
+    "read_tensor",
+    "refuse_pickles",
+    "stored_bytes",
+    "weight_files",
+    "weights_hash",
+]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder: its config, and where each tensor lies. Nothing of the weights is in memory."""
+    """A model folder: its config, and where each tensor lies. Nothing of the weights is in memory.
+
+    `revision` is the commit of a model that is fetched from the Hub piece by piece, None where all of it is in the folder.
+    """
 
     folder: Path
     name: str
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorRecord]
+    revision: str | None = None
 
     @functools.cached_property
     def architecture(self) -> DecoderArchitecture:
@@ -123,8 +145,8 @@ def find_model(name: str) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 name,
-                ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"],
+                ignore_patterns=list(OTHER_WEIGHTS),
+                allow_patterns=["*.safetensors", *SMALL_FILES],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -146,21 +168,32 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         )
     config = read_json(folder / "config.json")
     read_architecture(config)
-    files = _weight_files(folder)
-    tensors: dict[str, TensorRecord] = {}
-    for file, expected in files.items():
-        records = read_header(file)
-        if expected is not None and (lost := expected - records.keys()):
-            raise CheckpointError(f"{INDEX_FILE} says that {file.name} holds {sorted(lost)[0]}; it does not")
-        if twice := tensors.keys() & records.keys():
-            raise CheckpointError(f"{sorted(twice)[0]} is in {file.name} and in another shard of {folder}")
-        tensors.update(records)
+    files = _expected_tensors(folder)
+    tensors = merge_shards(
+        {file.name: read_header(file) for file in files},
+        {file.name: expected for file, expected in files.items()},
+        place=str(folder),
+    )
     checkpoint = Checkpoint(folder=folder, name=name or folder.resolve().name, config=config, tensors=tensors)
-    _check_tensors(checkpoint)
+    check_tensors(checkpoint)
     return checkpoint
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
+def merge_shards(
+    shards: Mapping[str, Mapping[str, TensorRecord]], expected: Mapping[str, set[str] | None], *, place: str
+) -> dict[str, TensorRecord]:
+    """The tensors of all shards of the model at `place`. Raises CheckpointError where they are not what the index says."""
+    tensors: dict[str, TensorRecord] = {}
+    for file, records in shards.items():
+        if lost := (expected[file] or set()) - records.keys():
+            raise CheckpointError(f"{INDEX_FILE} says that {file} holds {sorted(lost)[0]}; it does not")
+        if twice := tensors.keys() & records.keys():
+            raise CheckpointError(f"{sorted(twice)[0]} is in {file} and in another shard of {place}")
+        tensors.update(records)
+    return tensors
+
+
+def check_tensors(checkpoint: Checkpoint) -> None:
     """Embedding and head are there; every layer that the config counts has tensors, and no other has."""
     names = checkpoint.architecture.spec.tensors
     for name in (names.embedding, *(() if checkpoint.architecture.tied_embeddings else (names.head,))):
@@ -180,32 +213,60 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         )
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+def _expected_tensors(folder: Path) -> dict[Path, set[str] | None]:
     """The files with the weights; for shards, with the tensors that the index expects in each."""
     if (folder / WEIGHTS_FILE).is_file():
         return {folder / WEIGHTS_FILE: None}
     if (folder / INDEX_FILE).is_file():
-        index = read_json(folder / INDEX_FILE)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
-        shards: dict[Path, set[str] | None] = {}
-        for tensor, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(f"{INDEX_FILE} names {shard!r} for {tensor}, outside of its folder")
+        shards = parse_index(read_json(folder / INDEX_FILE), place=str(folder / INDEX_FILE))
+        for shard in shards:
             if not (folder / shard).is_file():
                 raise CheckpointError(f"{folder} lacks the shard {shard} that its index names")
-            names = shards.setdefault(folder / shard, set())
-            assert names is not None
-            names.add(tensor)
-        return shards
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"{folder} holds {pickles[0]} but no {WEIGHTS_FILE}; pickle files are not read",
-            hint="convert it: load it in an environment that you trust, then save_pretrained(..., safe_serialization=True)",
-        )
+        return {folder / shard: set(names) for shard, names in shards.items()}
+    refuse_pickles(str(folder), sorted(path.name for path in folder.iterdir()))
     raise ModelError(f"{folder} holds no {WEIGHTS_FILE}", hint="give a folder with safetensors weights, or a Hub id")
+
+
+def parse_index(index: Mapping[str, Any], *, place: str) -> dict[str, set[str]]:
+    """The shards that an index names, each with the tensors that it is said to hold. Raises CheckpointError."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{place} has no weight_map")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{INDEX_FILE} names {shard!r} for {tensor}, outside of its folder")
+        shards.setdefault(shard, set()).add(tensor)
+    return shards
+
+
+def refuse_pickles(model: str, files: Sequence[str]) -> None:
+    """Raise ModelError where the weights of a model are pickles: reading one runs whatever its author put into it."""
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and "/" not in name]
+    if not pickles:
+        return
+    script = (
+        f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({model!r}, dtype='auto')"
+        f".save_pretrained({(model if Path(model).is_dir() else Path(model).name)!r})"
+    )
+    raise ModelError(
+        f"{model} holds {pickles[0]} but no {WEIGHTS_FILE}; pickle files are not read",
+        hint=f"if you trust its author, convert it: python -c {shlex.quote(script)}",
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order. Raises ModelError, CheckpointError."""
+    return sorted(_expected_tensors(folder))
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the headers of a folder's weight files; for a single file, its `header_hash`. Cheap."""
+    files = weight_files(folder)
+    if len(files) == 1 and files[0].name == WEIGHTS_FILE:
+        return header_hash(files[0])
+    lines = "".join(f"{file.name} {header_hash(file)}\n" for file in files)
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -217,162 +278,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ModelError(f"{path} is not a JSON object")
     return document
-
-
-def read_header(file: Path) -> dict[str, TensorRecord]:
-    """The tensors of one safetensors file. Raises CheckpointError where header and file do not fit together."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        prefix = opened.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{file} is {size} bytes long: no safetensors header")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{file} says that its header has {length} bytes; the file has {size}")
-        try:
-            header = json.loads(opened.read(length))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file} has a broken header: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file} has a broken header: not an object")
-    header.pop("__metadata__", None)
-    records = {name: _parse_record(name, entry, file, base=8 + length) for name, entry in header.items()}
-    position = 8 + length
-    for record in sorted(records.values(), key=lambda record: (record.offset, record.num_bytes)):
-        if record.offset != position:
-            raise CheckpointError(f"{file}: the data of {record.name} does not follow the tensor before it")
-        position += record.num_bytes
-    if position != size:
-        raise CheckpointError(f"{file} is {size} bytes long; its header describes {position}: truncated or damaged")
-    return records
-
-
-def header_hash(file: Path) -> str:
-    """SHA-256 of a file's header: names, dtypes, shapes and places of all tensors. Cheap, whatever the size of the file."""
-    with file.open("rb") as opened:
-        prefix = opened.read(8)
-        return "sha256:" + hashlib.sha256(prefix + opened.read(*struct.unpack("<Q", prefix))).hexdigest()
-
-
-def _parse_record(name: str, entry: Any, file: Path, *, base: int) -> TensorRecord:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-            raise ValueError("sizes and offsets are whole numbers")
-        expected = math.prod(shape) * DTYPE_BYTES[dtype]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: the header entry of {name} is broken ({error!r})") from error
-    if end - begin != expected:
-        raise CheckpointError(f"{file}: {name} is {dtype} {list(shape)}, {expected} bytes, but spans {end - begin}")
-    return TensorRecord(name=name, dtype=dtype, shape=shape, file=file, offset=base + begin, num_bytes=expected)
-
-
-def precision_name(dtype: str) -> str:
-    """The command line's name of a float dtype in safetensors' spelling."""
-    return next(name for name, stored in PRECISIONS.items() if stored == dtype)
-
-
-def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy dtype of a float tensor, in safetensors' spelling; bfloat16 through ml_dtypes."""
-    import ml_dtypes
-    import numpy as np
-
-    types: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-    found: np.dtype[Any] = np.dtype(types[dtype])
-    return found
-
-
-def stored_bytes(record: TensorRecord, dtype: str | None) -> int:
-    """Bytes of a tensor when float tensors are stored in `dtype`; as it is when that is None."""
-    target = dtype if dtype is not None and record.dtype in FLOAT_DTYPES else record.dtype
-    return math.prod(record.shape) * DTYPE_BYTES[target]
-
-
-def copy_tensors(
-    tensors: Iterable[tuple[str, TensorRecord]], target: Path, *, dtype: str | None = None
-) -> dict[str, TensorRecord]:
-    """Write a safetensors file with these tensors, in this order, under these names.
-
-    Without `dtype`, byte ranges are copied by the kernel and no tensor is decoded; neighbours in the source go in one range.
-    With it, float tensors are converted piece by piece. Memory does not grow with the model. Returns the new records.
-    Raises CheckpointError where a finite value becomes infinite in `dtype`, naming the tensor.
-    """
-    tensors = list(tensors)
-    position, entries = 0, {}
-    for name, record in tensors:
-        new_dtype = dtype if dtype is not None and record.dtype in FLOAT_DTYPES else record.dtype
-        length = stored_bytes(record, dtype)
-        entries[name] = {
-            "dtype": new_dtype,
-            "shape": list(record.shape),
-            "data_offsets": [position, position + length],
-        }
-        position += length
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    header += b" " * (-(8 + len(header)) % PAGE)
-    with target.open("wb") as out:
-        out.write(struct.pack("<Q", len(header)) + header)
-        for file, group in itertools.groupby((record for _, record in tensors), key=lambda record: record.file):
-            with file.open("rb") as source:
-                if dtype is None:
-                    for offset, length in _merge_ranges(group):
-                        _copy_range(source, out, offset, length)
-                else:
-                    for record in group:
-                        _convert(source, out, record, dtype)
-    return read_header(target)
-
-
-def _merge_ranges(records: Iterable[TensorRecord]) -> Iterator[tuple[int, int]]:
-    start = length = 0
-    for record in records:
-        if record.offset != start + length:
-            if length:
-                yield start, length
-            start, length = record.offset, 0
-        length += record.num_bytes
-    if length:
-        yield start, length
-
-
-def _copy_range(source: BinaryIO, out: BinaryIO, offset: int, length: int) -> None:
-    out.flush()
-    while length:
-        try:
-            copied = os.copy_file_range(source.fileno(), out.fileno(), length, offset)
-        except OSError:  # another file system, or a kernel that cannot
-            copied = os.sendfile(out.fileno(), source.fileno(), offset, length)
-        if copied == 0:
-            raise CheckpointError(f"{source.name} ended while it was being copied")
-        offset, length = offset + copied, length - copied
-    out.seek(0, os.SEEK_END)
-
-
-def _convert(source: BinaryIO, out: BinaryIO, record: TensorRecord, dtype: str) -> None:
-    import numpy as np
-
-    if record.dtype not in FLOAT_DTYPES or record.dtype == dtype:
-        _copy_range(source, out, record.offset, record.num_bytes)
-        return
-    source.seek(record.offset)
-    left = record.num_bytes
-    while left:
-        piece = np.frombuffer(source.read(min(_CHUNK, left)), dtype=numpy_dtype(record.dtype))
-        with np.errstate(over="ignore"):
-            converted = piece.astype(np.float32).astype(numpy_dtype(dtype))
-        if not np.array_equal(np.isfinite(piece.astype(np.float32)), np.isfinite(converted.astype(np.float32))):
-            raise CheckpointError(
-                f"{record.name} has values that are infinite in {dtype}", hint="export with --precision bf16 or fp32"
-            )
-        out.write(converted.tobytes())
-        left -= piece.nbytes
-
-
-def read_tensor(record: TensorRecord) -> np.ndarray[Any, Any]:
-    """One float tensor, mapped from its file. Nothing is read before it is used."""
-    import numpy as np
-
-    return np.memmap(record.file, dtype=numpy_dtype(record.dtype), mode="r", offset=record.offset, shape=record.shape)
 
 
 def layer_tensor_order(checkpoint: Checkpoint, kept: Sequence[int]) -> list[tuple[str, TensorRecord]]:
@@ -396,3 +301,20 @@ def layer_tensor_order(checkpoint: Checkpoint, kept: Sequence[int]) -> list[tupl
             rank = (1, position, preferred.get(suffix, len(preferred)), suffix)
             ordered.append((rank, names.layer(position, suffix), record))
     return [(name, record) for _, name, record in sorted(ordered, key=lambda row: row[0])]
+
+
+def layer_tensor_groups(checkpoint: Checkpoint, kept: Sequence[int]) -> list[list[tuple[str, TensorRecord]]]:
+    """`layer_tensor_order`, with the tensors together that one initializer of a graph spans: a shard may not part them."""
+    names = checkpoint.architecture.spec.tensors
+    parts = {part: number for number, group in enumerate(((names.query, names.key, names.value), (names.gate, names.up)))
+             for part in group}  # fmt: skip
+
+    def spanned_by(named: tuple[str, TensorRecord]) -> tuple[object, ...]:
+        place = names.layer_of(named[0])
+        if place is not None:
+            part, _, kind = place[1].rpartition(".")
+            if part in parts:
+                return (place[0], parts[part], kind)
+        return (named[0],)
+
+    return [list(group) for _, group in itertools.groupby(layer_tensor_order(checkpoint, kept), key=spanned_by)]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from voidprune.errors import ModelError
 from voidprune.execution.manifest import Manifest, Parity
 from voidprune.export.bundle import FORMATS, export_bundle
-from voidprune.models.checkpoint import Checkpoint, precision_name
+from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, slim_bytes, slim_tensors
+from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.graph_architecture import describe_graph_architecture
-from voidprune.models.pretrained import load_model
+from voidprune.models.tensors import fetch_tensors, missing_bytes
 from voidprune.pipeline.models import default_provider
-from voidprune.quality.parity import check_bundle
+from voidprune.pipeline.progress import Track, untracked
+from voidprune.quality.parity import verify_bundle
 from voidprune.schedule import Schedule
 
 
@@ -32,37 +35,44 @@ def export_model(
     *,
     formats: Iterable[str] = FORMATS,
     precision: str = "keep",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     provider: str | None = None,
     overwrite: bool = False,
     seed: int = 0,
     accept: Callable[[Path], None] | None = None,
+    track: Track = untracked,
 ) -> Manifest:
     """Export a bundle, verified against the source model before it is published. Raises every VoidpruneError of the way.
 
-    `accept` gets the staged folder once it is verified, and may refuse it by raising: `gates.gate_bundle`.
+    `accept` gets the staged folder once it is verified, and may refuse it by raising: `gates.gate_bundle`. Of a checkpoint that
+    was opened on the Hub, only the tensors of kept layers are fetched.
     """
     provider = provider or default_provider()
-    dtype = precision_name(checkpoint.dtype) if precision == "keep" else precision
+    schedule.check_model(checkpoint.identity, place="the schedule")
+    needed = slim_tensors(checkpoint, schedule.union)
+    if missing := missing_bytes(needed):
+        with track("fetching", missing, "bytes") as advance:
+            fetch_tensors(needed, advance=advance)
+    with ExitStack() as copying:
+        total = slim_bytes(checkpoint, schedule.union, precision=precision)
+        advance = copying.enter_context(track("copying", total, "bytes"))
 
-    def verify(stage: Path) -> Parity:
-        device = "cuda" if provider == "cuda" else "cpu"
-        parity = check_bundle(
-            stage,
-            source=load_model(checkpoint.folder, dtype=dtype, device=device),  # in no variable: free again for `accept`
-            schedule=schedule,
-            provider=provider,
-            seed=seed,
+        def verify(stage: Path) -> Parity:
+            copying.close()
+            with track("verifying", None, "steps"):
+                parity = verify_bundle(stage, source=checkpoint, schedule=schedule, provider=provider, seed=seed)
+            if accept is not None:
+                accept(stage)
+            return parity
+
+        return export_bundle(
+            checkpoint,
+            schedule,
+            folder,
+            verify=verify,
+            formats=tuple(formats),
+            precision=precision,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            advance=advance,
         )
-        if accept is not None:
-            accept(stage)
-        return parity
-
-    return export_bundle(
-        checkpoint,
-        schedule,
-        folder,
-        verify=verify,
-        formats=tuple(formats),
-        precision=precision,
-        overwrite=overwrite,
-    )

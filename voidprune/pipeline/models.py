@@ -7,6 +7,7 @@ from pathlib import Path
 
 from voidprune.models.checkpoint import Checkpoint, find_model, open_checkpoint
 from voidprune.models.pretrained import default_device
+from voidprune.models.remote import open_remote_checkpoint
 
 
 def open_model(name: str) -> Checkpoint:
@@ -15,6 +16,17 @@ def open_model(name: str) -> Checkpoint:
         return open_checkpoint(demo_folder(), name="voidprune-demo")
     folder = find_model(name)
     return open_checkpoint(folder, name=folder.resolve().name if Path(name).is_dir() else name)
+
+
+def open_kept_layers(name: str) -> Checkpoint:
+    """`open_model` for who needs some layers only: of a model on the Hub, headers are fetched now, and tensors when they are read.
+
+    Offline, and where the whole model was fetched before, that is `open_model`.
+    """
+    from huggingface_hub import constants
+
+    is_local = Path(name).exists() or name == "demo" or name.count("/") > 1 or name.startswith((".", "/", "~"))
+    return open_model(name) if is_local or constants.HF_HUB_OFFLINE else open_remote_checkpoint(name)
 
 
 def default_provider() -> str:

@@ -60,7 +60,7 @@ class Calibrated:
 class PlanRequest:
     """How layers are to be chosen. Exactly one way: layers by name, a goal, or a criterion within a budget.
 
-    `criterion` None is "auto" where the model is at hand, else "lac". Raises BudgetError where ways are mixed.
+    `criterion` None is "lac" where there is a profile, else "auto". Raises BudgetError where ways are mixed.
     """
 
     budget: Budget = Budget()  # noqa: RUF009  a frozen value
@@ -107,9 +107,12 @@ class PlanRequest:
     def _limits_more(self) -> bool:
         return replace(self.budget, dropped=frozenset()).is_limited
 
-    def needs_model(self) -> bool:
-        """Whether the model has to be run to answer."""
-        return self.is_free or self.criterion in SEARCHES
+    def runs_model(self, *, has_profile: bool) -> bool:
+        """Whether the model itself has to be run to answer."""
+        if self.is_free or self.is_explicit:
+            return self.is_free
+        criterion = self.criterion or ("lac" if has_profile else "auto")
+        return criterion in SEARCHES or (find_criterion(criterion).needs_profile and not has_profile)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Planned:
 
 def plan_from_profile(request: PlanRequest, profile: Profile) -> Planned:
     """Plan without the model. Raises BudgetError, also where the request needs the model."""
-    if request.needs_model():
+    if request.runs_model(has_profile=True):
         raise BudgetError(
             f"{request.criterion or 'a goal'} has to run the model", hint="give the model in place of the profile"
         )
@@ -146,9 +149,9 @@ def plan_from_model(
     A search keeps what it has done beside `output`, so that a run that was killed goes on. Raises every VoidpruneError.
     """
     request.budget.check_layers(checkpoint.architecture.num_layers)
-    criterion = request.criterion or "auto"
+    criterion = request.criterion or ("lac" if profile is not None else "auto")
     if not request.is_free and (request.is_explicit or criterion not in SEARCHES):
-        if profile is None and not request.is_explicit and find_criterion(criterion).needs_profile:
+        if request.runs_model(has_profile=profile is not None):
             profile = make_profile(request.calibrated, checkpoint, track)
         return Planned(_plan_ranked(request, checkpoint.identity, profile, sizes), sizes, profile)
     whole = replace(full_schedule(checkpoint.identity, boundary=request.boundary), single_turn=request.single_turn)

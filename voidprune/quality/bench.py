@@ -26,7 +26,7 @@ import onnxruntime as ort
 
 from voidprune.errors import RuntimeProviderError
 from voidprune.execution.session import BundleSession
-from voidprune.models.checkpoint import WEIGHTS_FILE
+from voidprune.models.checkpoint import weight_files
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def run_benchmark(
                 ttft_ratio=_spread([one[0] / whole[0] for one, whole in zip(samples[name], baseline, strict=True)]),
                 tpot_ratio=_spread([one[1] / whole[1] for one, whole in zip(samples[name], baseline, strict=True)]),
                 load_seconds=load_seconds[name],
-                weight_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+                weight_bytes=sum(file.stat().st_size for file in weight_files(folder)),
                 graph_bytes=sum(path.stat().st_size for path in folder.glob("*.onnx")),
                 peak_resident_bytes=memory[name],
             )
