@@ -16,7 +16,20 @@ from voidprune.pipeline.models import demo_folder
 from voidprune.schedule import full_schedule, write_schedule
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("profile", "plan", "export", "generate", "show", "families", "eval", "bench", "run", "report", "demo")
+COMMANDS = (
+    "profile",
+    "plan",
+    "compare",
+    "export",
+    "generate",
+    "show",
+    "families",
+    "eval",
+    "bench",
+    "run",
+    "report",
+    "demo",
+)
 
 
 def invoke(*arguments: object) -> Result:

@@ -116,6 +116,7 @@ trial_options = _together(
             help="Let the model answer, or take the responses of the dataset.",
         ),
         click.option("--num-samples", type=click.IntRange(min=2), help="Use the first N samples only."),
+        click.option("--num-judging", type=click.IntRange(min=1), help="To judge by, of --judging or of each task."),
         click.option(
             "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest response."
         ),
@@ -181,6 +182,7 @@ def plan_request(
     judging: str | None,
     responses: str,
     num_samples: int | None,
+    num_judging: int | None,
     max_new_tokens: int,
     batch_size: int,
     dtype: str | None,
@@ -205,6 +207,7 @@ def plan_request(
         judging=judging,
         responses=responses,
         num_samples=num_samples,
+        num_judging=num_judging,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         dtype=dtype,

@@ -24,12 +24,12 @@ from voidprune.profiling.profile import Profile
 from voidprune.schedule import Boundary, ModelIdentity, Schedule, full_schedule
 
 NUM_JUDGING = 400
-"""Generated items a task to judge a goal by: enough to exclude a loss of 1 % where one or two are lost."""
+"""Items to judge a goal by, of a file or of each task: enough to exclude a loss of 1 % where one or two are lost."""
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Items to run the model on, the first `num_samples` of a file or of each task.
+    """Items to run the model on, the first `num_samples` of a file or of each task; to judge by, `num_judging`.
 
     `dataset` and `judging` are files or tasks; None is the prompts that ship with the package, and every second sample of the
     dataset.
@@ -39,6 +39,7 @@ class Calibrated:
     judging: str | None = None
     responses: str = "generate"
     num_samples: int | None = None
+    num_judging: int | None = None
     max_new_tokens: int = 64
     batch_size: int = 16
     dtype: str | None = None
@@ -49,8 +50,9 @@ class Calibrated:
             return default_rows()[: self.num_samples]
         return find_rows(self.dataset, num_items=self.num_samples, split="calibration")
 
-    def judging_rows(self, num_items: int | None = None) -> list[Row] | None:
+    def judging_rows(self) -> list[Row] | None:
         """Rows to judge by; generated tasks have a split of their own."""
+        num_items = self.num_judging
         if self.judging is None and self.dataset in ("demo", *TASKS):
             return find_rows(self.dataset, split="validation", num_items=num_items)
         return None if self.judging is None else find_rows(self.judging, split="validation", num_items=num_items)
@@ -157,14 +159,10 @@ def plan_from_model(
     whole = replace(full_schedule(checkpoint.identity, boundary=request.boundary), single_turn=request.single_turn)
     if not request.is_free and profile is None:
         profile = make_profile(request.calibrated, checkpoint, track)
-    trials = open_trials_for(
-        request.calibrated,
-        checkpoint,
-        whole,
-        sizes=sizes,
-        num_judging=NUM_JUDGING if request.is_free else None,
-        track=track,
-    )
+    calibrated = request.calibrated
+    if request.is_free and calibrated.num_judging is None:
+        calibrated = replace(calibrated, num_judging=NUM_JUDGING)
+    trials = open_trials_for(calibrated, checkpoint, whole, sizes=sizes, track=track)
     key = {**trials.key, "criterion": criterion, "goal": str(request.goal)}
     with Journal(output, key=key, overwrite=overwrite) as journal:
         if request.is_free:
@@ -189,13 +187,12 @@ def open_trials_for(
     whole: Schedule,
     *,
     sizes: ModelSizes,
-    num_judging: int | None = None,
     track: Track = untracked,
 ) -> Trials:
     return open_trials(
         checkpoint,
         calibrated.rows(),
-        calibrated.judging_rows(num_judging),
+        calibrated.judging_rows(),
         whole=whole,
         sizes=sizes,
         responses=calibrated.responses,
