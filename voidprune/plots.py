@@ -17,9 +17,9 @@ AXIS_OF = {
     "decode": "bytes read per output token",
     "prefill": "arithmetic of the prompt",
 }
-# Colours that are told apart without red and green (Okabe and Ito), and a marker each.
-STYLES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vPX*"
+# Colours that are told apart without red and green (Okabe and Ito), and a marker each; a second round is dashed.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+MARKERS = "osD^vPX"
 
 
 def plot_comparison(document: Mapping[str, Any]) -> str:
@@ -43,19 +43,20 @@ def plot_comparison(document: Mapping[str, Any]) -> str:
             axes.plot(
                 [cost for cost, _ in points],
                 [quality for _, quality in points],
-                color=STYLES[index % len(STYLES)],
-                marker=MARKERS[index % len(MARKERS)],
-                markersize=5,
-                linewidth=2.4 if searched else 1.1,
+                color="black" if searched else COLOURS[index % len(COLOURS)],
+                marker="*" if searched else MARKERS[index % len(MARKERS)],
+                markersize=9 if searched else 5,
+                linewidth=2.2 if searched else 1.1,
+                linestyle="-" if index < len(COLOURS) or searched else "--",
                 label=name,
             )
         axes.set_xlabel(f"{AXIS_OF[scope]}, share of the whole model's")
         if number == 0:
             axes.set_ylabel("mean accuracy" if document["measure"] == "accuracy" else "loss, nats a token")
         axes.grid(alpha=0.25)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower center", ncol=6, frameon=False)
     figure.suptitle(f"{document['model']['name']}: criteria at equal cost (dotted: the whole model)")
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, 0.19, 1, 1))
     return _svg(figure)
 
 

@@ -13,6 +13,7 @@ from voidprune.models.sizes import measure_sizes
 from voidprune.pipeline.comparison import SCOPES, compare_criteria, comparison_document
 from voidprune.pipeline.plan import Calibrated, make_profile, open_trials_for
 from voidprune.pipeline.progress import Track, untracked
+from voidprune.pipeline.tasks import dataset_name
 from voidprune.profiling.profile import Profile
 from voidprune.schedule import full_schedule
 
@@ -60,6 +61,10 @@ def compare_model(
             journal=journal,
             track=track,
         )
-        document = comparison_document(trials, entries, dataset=request.calibrated.dataset or "built-in prompts")
+        document = comparison_document(trials, entries, dataset=_dataset_name(request.calibrated))
         journal.remove()
     return document
+
+
+def _dataset_name(calibrated: Calibrated) -> str:
+    return "built-in prompts" if calibrated.dataset is None else dataset_name(calibrated.dataset)
