@@ -198,11 +198,10 @@ def test_keep_ratio_outside(keep: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_budget_is_a_usage_error(results: Path, tmp_path: Path) -> None:
-    for arguments in (("plan", results / "profile.json"), ("export", "demo")):
-        result = invoke(*arguments, "-o", tmp_path / "out")
-        assert result.exit_code == 2
-        assert "say how many layers to keep" in result.stderr
+def test_no_budget_is_an_error(results: Path, tmp_path: Path) -> None:
+    for arguments in (("plan", results / "profile.json"), ("plan", "demo"), ("export", "demo")):
+        expect_error(*arguments, "-o", tmp_path / "out", message="nothing says how small the schedule is to be")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rich.console import Console
 from tests.profiling.test_profile import make_profile
 from voidprune import artifacts
 from voidprune.errors import ArtifactError
+from voidprune.planning.budgets import Budget
 from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.intervals import schedule_cuts
 from voidprune.planning.planner import plan_schedule
@@ -85,8 +86,8 @@ def evaluation() -> artifacts.Document:
 def folder(tmp_path: Path) -> Path:
     profile = make_profile()
     write_profile(tmp_path / "profile.json", profile)
-    keep = {Phase.PREFILL: 0.5, Phase.DECODE: 1.0}
-    write_schedule(tmp_path / "schedule.json", plan_schedule(profile.model, profile, criterion="lac", keep=keep))
+    budget = Budget(keep_prefill=0.5, keep_decode=1.0)
+    write_schedule(tmp_path / "schedule.json", plan_schedule(profile.model, profile, criterion="lac", budget=budget))
     artifacts.write_file(tmp_path / "evaluation.json", artifacts.canonical_bytes(evaluation()))
     (tmp_path / "unrelated.json").write_text("[1, 2]")
     return tmp_path

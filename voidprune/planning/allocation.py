@@ -6,8 +6,9 @@ maximised; what each choice saves is read off `planning.costs`, so that no cost 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,35 +35,108 @@ def allocate_layers(
     stretching each phase's to [0, 1]; of equal ones the earlier layer is kept. Raises BudgetError where nothing is within the
     budget, naming the nearest that is.
     """
+    if len(budget.dropped) == full.num_layers:
+        raise BudgetError("no layer is left", hint="drop fewer")
     allowed = _allowed(full, budget)
     values = _values(scores, full.num_layers)
     limits = budget.limits(full.num_layers)
-    # Savings add up but for prefill FLOPs, where the last layer that writes K/V is cheaper than the others: the limit is
-    # tightened by what was missed until the schedule itself, not its estimate, is within it.
-    aims = dict(limits)
+    found = [runs for case in _cases(full, sizes, limits, allowed) if (runs := _fit(values, case)) is not None]
+    if not found:
+        raise _infeasible(full, budget, sizes, allowed)
+    worth = values.reshape(allowed.shape)
+    best = max(found, key=lambda runs: sum(worth[layer, CHOICES.index(run)] for layer, run in enumerate(runs)))
+    return _build(full, best)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A problem in which costs add up: `changes[name]`, [L * choices], is what each choice of a layer changes of `whole[name]`."""
+
+    full: Schedule
+    sizes: ModelSizes
+    limits: Mapping[str, int]
+    allowed: np.ndarray[Any, Any]
+    whole: Mapping[str, int]
+    changes: Mapping[str, Sequence[int]]
+
+    def spend(self, runs: Sequence[Runs]) -> dict[str, int]:
+        return spent(_build(self.full, runs), self.sizes)
+
+
+def _cases(
+    full: Schedule, sizes: ModelSizes, limits: Mapping[str, int], allowed: np.ndarray[Any, Any]
+) -> Iterator[_Case]:
+    """The problem in parts within which costs add up.
+
+    All do but prefill FLOPs: the last layer that writes K/V is cheaper than the others. So where those are limited there is a
+    case for each layer that may be the last to stay.
+    """
+    if "prefill FLOPs" not in limits:
+        yield _make_case(full, sizes, limits, allowed, last=full.num_layers - 1)
+        return
+    stays = [choice != (False, False) for choice in CHOICES]
+    for last in range(full.num_layers):
+        narrowed = allowed.copy()
+        narrowed[last] &= stays
+        narrowed[last + 1 :] &= np.logical_not(stays)
+        if narrowed.any(axis=1).all():
+            yield _make_case(full, sizes, limits, narrowed, last=last)
+
+
+def _make_case(
+    full: Schedule, sizes: ModelSizes, limits: Mapping[str, int], allowed: np.ndarray[Any, Any], *, last: int
+) -> _Case:
+    """What choices change is read off the model that has all layers up to `last`."""
+    most: list[Runs] = [(layer <= last, layer <= last) for layer in range(full.num_layers)]
+    whole = spent(_build(full, most), sizes)
+    changes: dict[str, list[int]] = {name: [] for name in limits}
+    for layer in range(full.num_layers):
+        for choice in CHOICES:
+            runs = [*most[:layer], choice, *most[layer + 1 :]]
+            # A phase without any layer is no schedule; `_solve` excludes it whatever it costs.
+            possible = layer <= last and all(any(phase) for phase in zip(*runs, strict=True))
+            costs = spent(_build(full, runs), sizes) if possible else whole
+            for name in limits:
+                changes[name].append(costs[name] - whole[name])
+    return _Case(full, sizes, limits, allowed, whole, changes)
+
+
+def _fit(values: np.ndarray[Any, Any], case: _Case) -> list[Runs] | None:
+    """The best choices of a case, or None. The solver allows for rounding; the budget does not."""
+    aims = dict(case.limits)
     for _ in range(_MAX_ROUNDS):
-        chosen = _solve(values, _costs(full, sizes, aims), aims, allowed, shared=budget.shared)
-        if chosen is None:
-            break
-        schedule = _build(full, chosen)
-        missed = {name: spent(schedule, sizes)[name] - limit for name, limit in limits.items()}
+        runs = _solve(values, case, aims)
+        if runs is None:
+            return None
+        costs = case.spend(runs)
+        missed = {name: costs[name] - limit for name, limit in case.limits.items()}
         if all(amount <= 0 for amount in missed.values()):
-            return schedule
+            return runs
         aims = {name: aims[name] - max(0, missed[name]) for name in aims}
-    raise _infeasible(full, budget, sizes, allowed)
+    return None
 
 
 def _infeasible(full: Schedule, budget: Budget, sizes: ModelSizes, allowed: np.ndarray[Any, Any]) -> BudgetError:
     """The error that names the nearest budget that can be met: all limits raised by the same share, as little as possible."""
     limits = budget.limits(full.num_layers)
     zeros = np.zeros(full.num_layers * len(CHOICES))
-    chosen = _solve(zeros, _costs(full, sizes, limits), limits, allowed, shared=budget.shared, slack=True)
-    assert chosen is not None, "with enough slack the whole model is within every limit"
-    costs = spent(_build(full, chosen), sizes)
-    over = {name: limit for name, limit in limits.items() if costs[name] > limit}
-    asked = ", ".join(f"{limit:,} {name}" for name, limit in over.items())
-    nearest = ", ".join(f"{costs[name]:,} {name}" for name in limits)
-    return BudgetError(f"no schedule is within {asked}", hint=f"the nearest that there is: {nearest}")
+    nearest: dict[str, int] = {}
+    for case in _cases(full, sizes, limits, allowed):
+        runs = _solve(zeros, case, limits, slack=True)
+        if runs is None:
+            continue
+        costs = case.spend(runs)
+        if not nearest or _excess(costs, limits) < _excess(nearest, limits):
+            nearest = costs
+    assert nearest, "with enough slack any schedule is within every limit"
+    asked = ", ".join(f"{limit:,} {name}" for name, limit in limits.items() if nearest[name] > limit)
+    named = ", ".join(f"{nearest[name]:,} {name}" for name in limits)
+    return BudgetError(f"no schedule is within {asked}", hint=f"the nearest that there is: {named}")
+
+
+def _excess(costs: Mapping[str, int], limits: Mapping[str, int]) -> float:
+    """The greatest share by which a limit is exceeded."""
+    return max(costs[name] / limit for name, limit in limits.items())
 
 
 def _allowed(full: Schedule, budget: Budget) -> np.ndarray[Any, Any]:
@@ -94,28 +168,8 @@ def _values(scores: Mapping[Phase, Sequence[float]], num_layers: int) -> np.ndar
     )
 
 
-def _costs(full: Schedule, sizes: ModelSizes, limits: Mapping[str, int]) -> dict[str, tuple[int, list[int]]]:
-    """For each limit: what the whole model costs, and what each choice of each layer changes, [L * choices]."""
-    whole = spent(full, sizes)
-    changes: dict[str, list[int]] = {name: [] for name in limits}
-    for layer in range(full.num_layers):
-        for choice in CHOICES:
-            runs = [(True, True)] * full.num_layers
-            runs[layer] = choice
-            costs = spent(_build(full, runs), sizes) if full.num_layers > 1 else whole
-            for name in limits:
-                changes[name].append(costs[name] - whole[name])
-    return {name: (whole[name], changes[name]) for name in limits}
-
-
 def _solve(
-    values: np.ndarray[Any, Any],
-    costs: Mapping[str, tuple[int, list[int]]],
-    limits: Mapping[str, int],
-    allowed: np.ndarray[Any, Any],
-    *,
-    shared: bool,
-    slack: bool = False,
+    values: np.ndarray[Any, Any], case: _Case, limits: Mapping[str, int], *, slack: bool = False
 ) -> list[Runs] | None:
     """The best choice of every layer, or None where there is none within the limits.
 
@@ -123,35 +177,33 @@ def _solve(
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    num_layers, num_choices = allowed.shape
+    num_layers, num_choices = case.allowed.shape
     num_variables = num_layers * num_choices + 1  # the last one is the slack, a share of every limit
     one_each = np.zeros((num_layers, num_variables))
     for layer in range(num_layers):
         one_each[layer, layer * num_choices : (layer + 1) * num_choices] = 1
     runs = np.zeros((2, num_variables))
     runs[:, :-1] = np.tile(np.array(CHOICES).T, num_layers)
-    rows, bounds = [], []
-    for name, (whole, changes) in costs.items():
-        scale = max(limits[name], 1)
-        rows.append([*(change / scale for change in changes), -1.0])
-        bounds.append((limits[name] - whole) / scale)
     constraints = [
         LinearConstraint(one_each, 1, 1),
-        LinearConstraint(runs, 1, np.inf),
-    ]  # a phase runs at least one layer
-    if rows:
-        constraints.append(LinearConstraint(np.array(rows), -np.inf, np.array(bounds) + 1e-12))
-    objective = np.append(-values, 1.0)
+        LinearConstraint(runs, 1, np.inf),  # a phase runs at least one layer
+    ]
+    for name, changes in case.changes.items():
+        # In units in which costs are small whole numbers, so that the solver's rounding is no layer.
+        unit = math.gcd(*changes) or 1
+        left = (limits[name] - case.whole[name]) / unit
+        row = [*(change // unit for change in changes), -case.limits[name] / unit]
+        constraints.append(LinearConstraint(np.array([row]), -np.inf, left if slack else math.floor(left)))
     found = milp(
-        objective,
+        np.append(-values, 1.0),
         integrality=np.append(np.ones(num_variables - 1), 0),
-        bounds=Bounds(0, np.append(allowed.ravel().astype(float), np.inf if slack else 0.0)),
+        bounds=Bounds(0, np.append(case.allowed.ravel().astype(float), np.inf if slack else 0.0)),
         constraints=constraints,
         options={"mip_rel_gap": 0.0},
     )
     if found.status != _SOLVED:
         return None
-    best = found.x[:-1].reshape(allowed.shape).argmax(axis=1)
+    best = found.x[:-1].reshape(case.allowed.shape).argmax(axis=1)
     return [CHOICES[choice] for choice in best]
 
 

@@ -43,6 +43,11 @@ class Budget:
                     f"a keep ratio of {keep:g} is outside of (0, 1]",
                     hint="--keep 0.5 keeps half of the layers in each phase",
                 )
+        for name in ("max_bytes", "max_kv_bytes_per_token", "max_prefill_flops", "max_decode_bytes"):
+            if (limit := getattr(self, name)) is not None and limit <= 0:
+                raise BudgetError(
+                    f"--{name.replace('_', '-')} {limit:,} is no limit that a model can meet", hint="give more than 0"
+                )
         if self.shared and None not in (self.keep_prefill, self.keep_decode) and self.keep_prefill != self.keep_decode:
             raise BudgetError("shared phases cannot have different keep ratios", hint="use --keep, or --phases split")
         if both := self.protected & self.dropped:
@@ -126,7 +131,7 @@ def parse_layers(text: str) -> frozenset[int]:
     """Layers by number, from 0, ranges inclusive: "3,7,11-14". Raises BudgetError."""
     layers: set[int] = set()
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        found = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)  # no model has more; 0-9999999999 is a slip
         if found is None or int(found[2] or found[1]) < int(found[1]):
             raise BudgetError(
                 f"{text!r} is no list of layers", hint="write 3,7,11-14: numbers from 0, ranges inclusive"
