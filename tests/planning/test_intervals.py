@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.profiling.test_profile import make_profile
+from voidprune.planning.budgets import Budget
 from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.intervals import (
     find_cut,
@@ -132,8 +133,8 @@ def test_a_chosen_set_is_as_sure_as_it_is_chosen_again() -> None:
 @pytest.mark.parametrize("criterion", ["lac", "angular", "attention-cosine", "mlp-cosine"])
 def test_a_schedule_tells_its_cuts(criterion: str, shared: bool) -> None:
     profile = draw_profile(4, (0.3, 0.7))
-    keep = dict.fromkeys(Phase, 0.5)
-    schedule = plan_schedule(profile.model, profile, criterion=criterion, keep=keep, shared=shared)
+    budget = Budget(keep_prefill=0.5, keep_decode=0.5, shared=shared)
+    schedule = plan_schedule(profile.model, profile, criterion=criterion, budget=budget)
     cuts = schedule_cuts(profile, schedule)
     assert set(cuts) == set(Phase)
     assert all(cut.confidence == 1.0 for cut in cuts.values())
@@ -141,6 +142,6 @@ def test_a_schedule_tells_its_cuts(criterion: str, shared: bool) -> None:
 
 def test_what_no_profile_decided_has_no_cut() -> None:
     profile = draw_profile(4, (0.3, 0.7))
-    last = plan_schedule(profile.model, profile, criterion="last-n", keep=dict.fromkeys(Phase, 0.5))
+    last = plan_schedule(profile.model, profile, criterion="last-n", budget=Budget(keep_prefill=0.5, keep_decode=0.5))
     assert schedule_cuts(profile, last) == {}
     assert schedule_cuts(profile, full_schedule(profile.model)) == {}

@@ -88,6 +88,7 @@ class Rescorer:
         """Make a schedule the one that others are compared to; states that it shares with the last one are kept."""
         start = 0 if self._base is None else first_difference(self._base, schedule)
         if start < len(self._layers):
+            self._base = None  # until all states are those of the new one: a run that broke off leaves some of each
             self._base_likelihoods = self._run(schedule, start, keep_states=True)
         self._base = schedule
         return self._base_likelihoods

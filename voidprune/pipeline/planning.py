@@ -20,7 +20,7 @@ from voidprune.planning.search import (
     search_schedule,
 )
 from voidprune.profiling.profile import Profile
-from voidprune.quality.noninferiority import Comparison, compare_items, num_items_needed
+from voidprune.quality.noninferiority import MIN_SAMPLES, Comparison, compare_items, num_items_needed
 from voidprune.schedule import Phase, Scalar, Schedule
 
 HOPELESS = 10
@@ -110,12 +110,7 @@ def find_free_schedule(
     found by bisection on the judging samples, with one-sided 95 % bounds. The bound of what is returned was checked; that no
     smaller schedule would hold it was not. Raises DatasetError where the judging samples are too few for the bound.
     """
-    for task, items in trials.groups.items() if trials.asks else ():
-        if len(items) < num_items_needed(max_loss):
-            raise DatasetError(
-                f"{len(items)} items of {task} cannot show that at most {max_loss:.1%} is lost",
-                hint=f"give {num_items_needed(max_loss)} or more to judge by, or a larger --max-loss",
-            )
+    _check_items(trials, max_loss)
     run = _FreeRun(trials, max_loss, protected, Journal() if journal is None else journal, track)
     match goal:
         case "fast-prompt":
@@ -134,6 +129,29 @@ def find_free_schedule(
         "perplexity_loss_upper": round(comparison.perplexity.upper, 6),
     }
     return FreePart(replace(schedule, origin=origin), comparison, parts)
+
+
+def _check_items(trials: Trials, max_loss: float) -> None:
+    """Raise DatasetError where the judging samples could not even show that the whole model is as good as itself."""
+    if len(trials.judging) < MIN_SAMPLES:
+        raise DatasetError(
+            f"{len(trials.judging)} samples are too few to judge a loss by", hint=f"give {MIN_SAMPLES} or more"
+        )
+    right = trials.judge.grade(trials.whole).right
+    for task, items in trials.groups.items() if right is not None else ():
+        assert right is not None
+        share = float(right[items].mean())
+        if not share:
+            raise DatasetError(
+                f"the whole model gets no item of {task} right, so it has nothing to lose there",
+                hint="leave that task out",
+            )
+        needed = num_items_needed(max_loss * share)
+        if len(items) < needed:
+            raise DatasetError(
+                f"{len(items)} items of {task} cannot show that at most {max_loss:.1%} is lost",
+                hint=f"give {needed} or more to judge by, or a larger --max-loss",
+            )
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ def allocate_layers(
     stretching each phase's to [0, 1]; of equal ones the earlier layer is kept. Raises BudgetError where nothing is within the
     budget, naming the nearest that is.
     """
-    if len(budget.dropped) == full.num_layers:
-        raise BudgetError("no layer is left", hint="drop fewer")
+    assert len(budget.dropped) < full.num_layers, "the planner refuses to drop everything"
     allowed = _allowed(full, budget)
     values = _values(scores, full.num_layers)
     limits = budget.limits(full.num_layers)

@@ -42,6 +42,8 @@ def plan_schedule(
     """
     chosen = find_criterion(criterion)
     budget.check_layers(model.num_layers)
+    if len(budget.dropped) == model.num_layers:
+        raise BudgetError("no layer is left", hint="drop fewer")
     full = replace(full_schedule(model, boundary=boundary), single_turn=single_turn)
     statistics = phase_statistics(model, profile, chosen, shared=budget.shared)
     # A random choice is another one in each phase, unless the phases are one.
