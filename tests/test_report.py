@@ -19,7 +19,7 @@ from voidprune.planning.intervals import schedule_cuts
 from voidprune.planning.planner import plan_schedule
 from voidprune.profiling.profile import read_profile, write_profile
 from voidprune.report import collect_findings, describe, render_report
-from voidprune.schedule import Phase, write_schedule
+from voidprune.schedule import write_schedule
 from voidprune.tables import cuts_table
 
 VOID_ELEMENTS = {"meta", "rect", "br"}
@@ -125,7 +125,7 @@ def test_profile_and_cuts_fit_the_terminal(folder: Path, name: str) -> None:
     document, shown = describe(folder / "profile.json")
     assert document["schema"] == "voidprune.profile/2"
     profile = read_profile(folder / "profile.json")
-    schedule = plan_schedule(profile.model, profile, criterion=name, keep=dict.fromkeys(Phase, 0.5))
+    schedule = plan_schedule(profile.model, profile, criterion=name, budget=Budget(keep_prefill=0.5, keep_decode=0.5))
     console = Console(width=80, record=True, file=io.StringIO())
     for table in (*shown, cuts_table(schedule_cuts(profile, schedule))):
         console.print(table)
