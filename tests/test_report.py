@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from tests.profiling.test_profile import make_profile
+from tests.test_plots import make_comparison
 from voidprune import artifacts
 from voidprune.errors import ArtifactError
 from voidprune.planning.budgets import Budget
@@ -150,3 +151,31 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
         collect_findings(tmp_path)
     with pytest.raises(ArtifactError, match="not a folder"):
         collect_findings(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_comparison_is_shown_with_the_lead_of_each_winner(tmp_path: Path, asked: bool) -> None:
+    artifacts.write_file(tmp_path / "comparison.json", artifacts.canonical_bytes(make_comparison(asked=asked)))
+    page = render_report(tmp_path)
+    balance = Balance()
+    balance.feed(page)
+    balance.close()
+    assert balance.open == []
+    assert page.count("search-loss") == 4
+    for text in ("evenly-spaced", "held equal", "lead (95 %)", "items that no layer was chosen by"):
+        assert text in page
+    assert ("<th>sorting</th>" in page) is asked
+    document, tables = describe(tmp_path / "comparison.json")
+    assert document == make_comparison(asked=asked)
+    assert len(tables) == 1
+
+
+def test_a_comparison_of_another_format_or_with_holes_is_refused(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"schema": "voidprune.comparison/1"}, "format"),
+        ({"whole": {}}, "is not a whole comparison"),
+    ):
+        target = tmp_path / "comparison.json"
+        target.write_bytes(artifacts.canonical_bytes({**make_comparison(), **changes}))
+        with pytest.raises(ArtifactError, match=message):
+            describe(target)

@@ -170,8 +170,8 @@ def _phases_that_matter(budget: Budget) -> Sequence[Phase]:
     """Phases in which leaving something out brings a schedule nearer to its limits."""
     if budget.max_bytes is not None or budget.max_kv_bytes_per_token is not None or budget.shared:
         return tuple(Phase)
-    in_prefill = budget.max_prefill_flops is not None or budget.keep_prefill is not None
-    in_decode = budget.max_decode_bytes is not None or budget.keep_decode is not None
+    in_prefill = budget.max_prefill_flops is not None or (budget.keep_prefill or 1) < 1
+    in_decode = budget.max_decode_bytes is not None or (budget.keep_decode or 1) < 1
     return [phase for phase, matters in ((Phase.PREFILL, in_prefill), (Phase.DECODE, in_decode)) if matters]
 
 
