@@ -70,5 +70,5 @@ def test_the_same_document_gives_the_same_picture(asked: bool) -> None:
 
 
 def test_every_criterion_has_a_line_of_its_own() -> None:
-    styles = [line_style(number) for number in range(len(NAMES))]
-    assert len(set(styles)) == len(NAMES) > 8
+    styles = [line_style(number, name) for number, name in enumerate(NAMES)]
+    assert len({tuple(style.items()) for style in styles}) == len(NAMES) > 8

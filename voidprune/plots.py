@@ -39,17 +39,11 @@ def plot_comparison(document: Mapping[str, Any]) -> str:
                 for row in rows
                 if row["scope"] == scope and row["criterion"] == name
             )
-            searched = name.startswith("search")
-            colour, marker = line_style(index)
             axes.plot(
                 [cost for cost, _ in points],
                 [quality for _, quality in points],
-                color="black" if searched else COLOURS[index % len(COLOURS)],
-                marker="*" if searched else MARKERS[index % len(MARKERS)],
-                markersize=9 if searched else 5,
-                linewidth=2.2 if searched else 1.1,
-                linestyle="-" if index < len(COLOURS) or searched else "--",
                 label=name,
+                **line_style(index, name),
             )
         axes.set_xlabel(f"{AXIS_OF[scope]}, share of the whole model's")
         if number == 0:
@@ -61,9 +55,14 @@ def plot_comparison(document: Mapping[str, Any]) -> str:
     return _svg(figure)
 
 
-def line_style(index: int) -> tuple[str, str]:
-    """Colour and marker of the criterion of a number; no two of the first 56 are alike."""
-    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+def line_style(index: int, name: str) -> dict[str, Any]:
+    """How the line of a criterion looks: another one for each of twice seven rankings; searches are black and thick."""
+    if name.startswith("search"):
+        dashes = "-" if name == "search-loss" else "--"
+        return {"color": "black", "marker": "*", "markersize": 9, "linewidth": 2.2, "linestyle": dashes}
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    dashes = "-" if index < len(COLOURS) else "--"
+    return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.1, "linestyle": dashes}
 
 
 def _quality(row: Mapping[str, Any]) -> float:
