@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from voidprune import artifacts
 from voidprune.cli import main
 from voidprune.pipeline.models import demo_folder
+from voidprune.pipeline.tasks import task_rows
 from voidprune.schedule import full_schedule, write_schedule
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -171,6 +172,134 @@ def test_export_plans_by_itself(tmp_path: Path) -> None:
     layers = manifest["schedule"]["model"]["num_layers"]
     assert len(manifest["kept_layers"]) == max(1, int(0.3 * layers + 0.5))
     assert manifest["parity"]["onnx"] <= manifest["parity"]["tolerance"]
+
+
+# ---- choosing layers on the model
+
+FEW = ("--dataset", "yes-no", "--num-samples", 3, "--max-new-tokens", 4, "--device", "cpu", "--quiet")
+
+
+def test_plan_runs_the_model_and_a_profile_needs_no_model(results: Path, tmp_path: Path) -> None:
+    searched = invoke(
+        "plan", "demo", "-o", tmp_path / "searched.json", "--keep-prefill", 0.8, "--criterion", "search-loss",
+        "--search-evaluations", 0, "--protect", "0,11", "--profile", results / "profile.json", *FEW,
+    )  # fmt: skip
+    assert searched.exit_code == 0, searched.output
+    schedule = json.loads((tmp_path / "searched.json").read_bytes())
+    assert schedule["prefill"].count("full") == 10
+    assert schedule["prefill"][0] == schedule["prefill"][11] == "full"
+    assert [path.name for path in tmp_path.iterdir()] == ["searched.json"]
+    ranked = invoke("plan", results / "profile.json", "-o", tmp_path / "ranked.json", "--max-bytes", "5MB", "--json")
+    assert ranked.exit_code == 0, ranked.output
+    document = json.loads(ranked.stdout)
+    assert document["costs"]["weight_bytes"] <= 5_000_000 < document["baseline"]["weight_bytes"]
+    assert document["schedule"] == json.loads((tmp_path / "ranked.json").read_bytes())
+
+
+def test_layers_by_name(results: Path, tmp_path: Path) -> None:
+    for source in ("demo", results / "profile.json"):
+        for option, layers in (("--drop-layers", "3,7,9-10"), ("--keep-layers", "0-2,4-6,8,11")):
+            result = invoke("plan", source, "-o", tmp_path / "s.json", option, layers, "--overwrite", "--json")
+            assert result.exit_code == 0, result.output
+            prefill = json.loads(result.stdout)["schedule"]["prefill"]
+            assert [layer for layer, action in enumerate(prefill) if action == "skip"] == [3, 7, 9, 10]
+
+
+def test_an_infeasible_budget_names_one_that_is_feasible(results: Path, tmp_path: Path) -> None:
+    arguments = ("plan", results / "profile.json", "-o", tmp_path / "s.json", "--max-bytes")
+    result = expect_error(*arguments, "1kB", message="no schedule is within 1,000 bytes")
+    amount = result.stderr.splitlines()[1].split(": ")[-1].removesuffix(" bytes").replace(",", "")
+    assert invoke(*arguments, amount).exit_code == 0
+    (tmp_path / "s.json").unlink()
+    expect_error(*arguments, int(amount) - 1, message="no schedule is within")
+
+
+def test_export_to_a_goal(tmp_path: Path) -> None:
+    for name, split, count in (("choose", "calibration", 2), ("judge", "validation", 16)):
+        rows = task_rows("yes-no", num_items=count, split=split)
+        lines = [{"prompt": row.messages[0]["content"], "response": row.response, "answer": row.answer} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = (
+        "export", "demo", "--goal", "fast-prompt", "--max-loss", 0.1, "--responses", "dataset", "--max-new-tokens", 16,
+        "--dataset", tmp_path / "choose.jsonl", "--device", "cpu", "--provider", "cpu", "--quiet",
+    )  # fmt: skip
+    result = invoke(*arguments, "--judging", tmp_path / "judge.jsonl", "-o", tmp_path / "fast")
+    assert result.exit_code == 0, result.output
+    assert "beside the whole model, allowed 10.0%" in result.stdout
+    schedule = json.loads((tmp_path / "fast" / "voidprune.json").read_bytes())["schedule"]
+    assert schedule["prefill"].count("full") < 12 == schedule["decode"].count("full")
+    assert schedule["origin"]["goal"] == "fast-prompt"
+    too_few = (*arguments, "--judging", tmp_path / "choose.jsonl", "-o", tmp_path / "none")
+    expect_error(*too_few, message="too few")
+    assert not (tmp_path / "none").exists()
+
+
+def test_compare_writes_what_show_reads(results: Path, tmp_path: Path) -> None:
+    arguments = (
+        "compare", "demo", "--keep", "0.8", "--scope", "decode", "--search-evaluations", 0,
+        "--profile", results / "profile.json", *FEW,
+    )  # fmt: skip
+    targets = ("-o", tmp_path / "comparison.json", "--plot", tmp_path / "comparison.svg")
+    result = invoke(*arguments, *targets)
+    assert result.exit_code == 0, result.output
+    assert "search-loss" in result.stdout
+    shown = invoke("show", tmp_path / "comparison.json")
+    assert shown.stdout == result.stdout
+    assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "comparison.svg"]
+    expect_error(*arguments, *targets, message="exists")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--keep", 0.5, "--max-bytes", "lots"), "'lots' is no amount"),
+        (("--max-bytes", "0"), "--max-bytes 0 is no limit"),
+        (("--drop-layers", "3-1"), "'3-1' is no list of layers"),
+        (("--drop-layers", "0-99999999999"), "is no list of layers"),
+        (("--drop-layers", "12"), "there is no layer 12; the model has 12"),
+        (("--drop-layers", "0-11"), "no layer is left"),
+        (("--keep", 0.5, "--protect", "99"), "there is no layer 99"),
+        (("--drop-layers", "1", "--protect", "1", "--keep", 0.5), "layer 1 is both protected and dropped"),
+        (("--keep-layers", "1", "--keep", 0.5), "--keep-layers says all"),
+        (("--goal", "small", "--keep", 0.5), "a goal finds out by itself"),
+        (("--goal", "small", "--max-loss", 2), "a loss of 2 is outside of (0, 1)"),
+        (("--keep-prefill", 0.5, "--keep-decode", 1, "--phases", "shared"), "different keep ratios"),
+        (("--keep", 0.5, "--criterion", "search-loss", "--dataset", "nowhere"), "no task or file nowhere"),
+    ],
+)
+def test_budgets_that_make_no_sense(arguments: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    for command in ("plan", "export"):
+        expect_error(command, "demo", "-o", tmp_path / "out", *arguments, message=message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_runs_the_model_is_refused_with_a_profile_alone(results: Path, tmp_path: Path) -> None:
+    arguments = ("plan", results / "profile.json", "-o", tmp_path / "s.json")
+    expect_error(*arguments, "--keep", 0.5, "--criterion", "auto", message="auto has to run the model")
+    expect_error(*arguments, "--goal", "small", message="a goal has to run the model")
+    twice = invoke(*arguments, "--keep", 0.5, "--profile", results / "profile.json")
+    assert twice.exit_code == 2
+    assert "a profile is given already" in twice.stderr
+
+
+@pytest.mark.parametrize("keeps", ["0", "1", "0.5,nan"])
+def test_compare_refuses_shares_that_leave_nothing_to_compare(keeps: str) -> None:
+    expect_error("compare", "demo", "--keep", keeps, message="outside of (0, 1)")
+
+
+def test_usage_errors(tmp_path: Path) -> None:
+    for arguments in (
+        ("compare", "demo", "--keep", "half"),
+        ("plan", "demo", "--keep", 0.5),
+        ("plan", "demo", "-o", tmp_path / "s", "--keep", 0.5, "--criterion", "best"),
+        ("plan", "demo", "-o", tmp_path / "s", "--goal", "tiny"),
+        ("export", "demo", "-o", tmp_path / "s", "--keep", 0.5, "--num-samples", 1),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2, arguments
+        assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- bad input

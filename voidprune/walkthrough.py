@@ -50,11 +50,17 @@ MAX_NEW_TOKENS = 48
 
 
 def run_demo(
-    folder: Path, *, num_items: int = 100, seed: int = 0, overwrite: bool = False, track: Track = untracked
+    folder: Path,
+    *,
+    num_items: int = 100,
+    max_loss: float = 0.01,
+    seed: int = 0,
+    overwrite: bool = False,
+    track: Track = untracked,
 ) -> DemoOutcome:
     """The main job on the model that ships: profile, compare criteria, find what is free, export, verify, evaluate, bench.
 
-    Exported is the smallest prefill that loses at most 1 %. `num_items` are the items a task of the final evaluation.
+    Exported is the smallest prefill that loses at most `max_loss`. `num_items` are the items a task of the final evaluation.
     """
     checkpoint = open_model("demo")
     with artifacts.staged_folder(folder, overwrite=overwrite, marker="comparison.json") as stage:
@@ -65,7 +71,7 @@ def run_demo(
         trials = _open_trials(checkpoint, track)
         comparison = _compare(trials, profile, seed=seed, track=track)
         artifacts.write_file(stage / "comparison.json", artifacts.canonical_bytes(comparison))
-        free = find_free_schedule(trials, goal="fast-prompt", track=track)
+        free = find_free_schedule(trials, goal="fast-prompt", max_loss=max_loss, track=track)
         write_schedule(stage / "schedule.json", free.schedule)
         with track("exporting and verifying", 2, "bundles") as advance:
             export_model(checkpoint, full_schedule(checkpoint.identity), stage / "whole")

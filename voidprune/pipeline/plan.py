@@ -78,12 +78,13 @@ class PlanRequest:
     calibrated: Calibrated = Calibrated()
 
     def __post_init__(self) -> None:
-        if self.is_free and (self.budget.is_limited or self.criterion is not None or self.keep_layers is not None):
+        said = self.budget.is_limited or self.budget.shared or self.criterion is not None
+        if self.is_free and (said or self.keep_layers is not None):
             raise BudgetError(
                 "a goal finds out by itself how many layers may go, and which",
-                hint="leave out --keep, limits and --criterion, or --goal and --max-loss",
+                hint="leave out --keep, limits, --phases and --criterion, or --goal and --max-loss",
             )
-        if self.keep_layers is not None and (self.budget.is_limited or self.criterion is not None):
+        if self.keep_layers is not None and (said or self.budget.protected):
             raise BudgetError("--keep-layers says all about the layers", hint="leave out the other limits")
         if not self.is_free and not self.is_explicit and not self.budget.is_limited:
             raise BudgetError(
@@ -162,7 +163,7 @@ def plan_from_model(
     calibrated = request.calibrated
     if request.is_free and calibrated.num_judging is None:
         calibrated = replace(calibrated, num_judging=NUM_JUDGING)
-    trials = open_trials_for(calibrated, checkpoint, whole, sizes=sizes, track=track)
+    trials = open_trials_for(calibrated, checkpoint, whole, sizes=sizes, judges=request.is_free, track=track)
     key = {**trials.key, "criterion": criterion, "goal": str(request.goal)}
     with Journal(output, key=key, overwrite=overwrite) as journal:
         if request.is_free:
@@ -187,6 +188,7 @@ def open_trials_for(
     whole: Schedule,
     *,
     sizes: ModelSizes,
+    judges: bool = True,
     track: Track = untracked,
 ) -> Trials:
     return open_trials(
@@ -195,6 +197,7 @@ def open_trials_for(
         calibrated.judging_rows(),
         whole=whole,
         sizes=sizes,
+        judges=judges,
         responses=calibrated.responses,
         max_new_tokens=calibrated.max_new_tokens,
         batch_size=calibrated.batch_size,

@@ -16,7 +16,7 @@ from voidprune.models.pretrained import default_device, end_tokens, load_model, 
 from voidprune.models.sizes import ModelSizes
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.planning.objectives import Grader, Grades, LossObjective, TaskObjective, group_samples
-from voidprune.profiling.calibration import Row, Sample, encode_rows, fingerprint_samples
+from voidprune.profiling.calibration import Row, Sample, encode_rows, fingerprint_samples, require_responses
 from voidprune.profiling.tracing import generate_responses
 from voidprune.quality.metrics import answer_of
 from voidprune.schedule import Schedule
@@ -108,6 +108,7 @@ def open_trials(
     *,
     whole: Schedule,
     sizes: ModelSizes,
+    judges: bool = True,
     responses: str = "generate",
     max_new_tokens: int = 64,
     max_length: int | None = None,
@@ -117,6 +118,8 @@ def open_trials(
     track: Track = untracked,
 ) -> Trials:
     """Load a model and samples. Without `judging_rows`, every second sample of each group is put aside for judging.
+
+    Where nothing is to be judged (`judges` False), all samples are there to choose by.
 
     `responses` is "generate" (the whole model answers) or "dataset". `whole` is the unpruned schedule, with the boundary that
     is to be used, `sizes` those of the precision that is to be shipped. Raises ModelError, DatasetError, RuntimeProviderError.
@@ -139,6 +142,7 @@ def open_trials(
             some_rows = [replace(row, response=None) for row in some_rows]
         samples = encode_rows(some_rows, tokenizer, end_tokens=ends, max_length=longest)
         if responses == "dataset":
+            require_responses(samples)
             return samples
         with track(f"answering, {what}", None, "tokens") as advance:
             return generate_responses(
@@ -151,12 +155,13 @@ def open_trials(
             )
 
     choosing = prepare(rows, "to choose")
-    if judging_rows is None:
+    judging: list[Sample] = []
+    if judges and judging_rows is None:
         choosing, judging = _halve(choosing)
-    else:
-        judging = prepare(judging_rows, "to judge")
+    elif judges:
+        judging = prepare(judging_rows or (), "to judge")
     judging = _without(judging, choosing)
-    if not choosing or not judging:
+    if not choosing or (judges and not judging):
         raise DatasetError("there are too few samples to choose by some and judge by others", hint="give at least two")
     answered = [sample.answer is not None for sample in (*choosing, *judging)]
     return Trials(

@@ -51,7 +51,7 @@ class Budget:
         if self.shared and None not in (self.keep_prefill, self.keep_decode) and self.keep_prefill != self.keep_decode:
             raise BudgetError("shared phases cannot have different keep ratios", hint="use --keep, or --phases split")
         if both := self.protected & self.dropped:
-            raise BudgetError(f"layer {min(both)} is both protected and dropped")
+            raise BudgetError(f"layer {min(both)} is both protected and dropped", hint="name it in one of the two")
 
     @property
     def is_limited(self) -> bool:

@@ -73,7 +73,7 @@ def explicit_schedule(
     dropped = set(drop or ()) | (set(range(num_layers)) - set(keep) if keep is not None else set())
     Budget(dropped=frozenset(set(drop or ()) | set(keep or ()))).check_layers(num_layers)
     if keep is not None and drop is not None and (both := set(keep) & set(drop)):
-        raise BudgetError(f"layer {min(both)} is both kept and dropped")
+        raise BudgetError(f"layer {min(both)} is both kept and dropped", hint="name it in one of the two")
     if len(dropped) == num_layers:
         raise BudgetError("no layer is left", hint="keep at least one")
     actions = tuple(LayerAction.SKIP if layer in dropped else LayerAction.FULL for layer in range(num_layers))

@@ -109,7 +109,9 @@ class Search:
         on_evaluation: OnEvaluation | None = None,
     ) -> None:
         if sizes is None and not budget.counts_only:
-            raise BudgetError("a budget in bytes or FLOPs needs the sizes of the model")
+            raise BudgetError(
+                "a budget in bytes or FLOPs needs the sizes of the model", hint="give a profile, or the model"
+            )
         self.objective = objective
         self.budget = budget
         self.sizes = sizes
