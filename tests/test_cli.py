@@ -237,8 +237,9 @@ def test_export_to_a_goal(tmp_path: Path) -> None:
 def test_compare_writes_what_show_reads(results: Path, tmp_path: Path) -> None:
     arguments = (
         "compare", "demo", "--keep", "0.8", "--scope", "decode", "--search-evaluations", 0,
-        "--profile", results / "profile.json", *FEW,
+        "--profile", results / "profile.json", "--dataset", tmp_path / "texts.txt", *FEW[2:],
     )  # fmt: skip
+    (tmp_path / "texts.txt").write_text("Ann has 4 beads.\n\nBen buys 7 eggs.\n\nVera has 31 coins.")
     targets = ("-o", tmp_path / "comparison.json", "--plot", tmp_path / "comparison.svg")
     result = invoke(*arguments, *targets)
     assert result.exit_code == 0, result.output
@@ -246,7 +247,7 @@ def test_compare_writes_what_show_reads(results: Path, tmp_path: Path) -> None:
     shown = invoke("show", tmp_path / "comparison.json")
     assert shown.stdout == result.stdout
     assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "comparison.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "comparison.svg", "texts.txt"]
     expect_error(*arguments, *targets, message="exists")
 
 

@@ -16,10 +16,10 @@ from voidprune.walkthrough import DEMO_BUDGETS, run_demo
 
 def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer items than it takes by itself, and so with a larger loss allowed."""
-    for name, count in (("NUM_CHOOSING", 2), ("NUM_COMPARED", 1), ("NUM_JUDGING", 16), ("MAX_NEW_TOKENS", 40)):
+    for name, count in (("NUM_CHOOSING", 1), ("NUM_COMPARED", 1), ("NUM_JUDGING", 16), ("MAX_NEW_TOKENS", 40)):
         assert getattr(walkthrough, name) > count
         monkeypatch.setattr(walkthrough, name, count)
-    outcome = run_demo(tmp_path / "demo", num_items=4, max_loss=0.1)
+    outcome = run_demo(tmp_path / "demo", num_items=2, max_loss=0.1)
     findings = collect_findings(tmp_path / "demo")
     schedule = outcome.free.schedule
     assert findings.profile == outcome.profile
