@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.planning.test_criteria import STATISTICS
 from tests.profiling.test_profile import make_profile
 from voidprune.planning.budgets import Budget
 from voidprune.planning.criteria import CRITERIA
@@ -145,3 +146,14 @@ def test_what_no_profile_decided_has_no_cut() -> None:
     last = plan_schedule(profile.model, profile, criterion="last-n", budget=Budget(keep_prefill=0.5, keep_decode=0.5))
     assert schedule_cuts(profile, last) == {}
     assert schedule_cuts(profile, full_schedule(profile.model)) == {}
+
+
+def test_layers_that_the_user_fixed_are_no_choice_of_the_criterion() -> None:
+    """A protected layer with a low score says nothing about how sure the ranking of the others is."""
+    cut = find_cut(LAC, STATISTICS, None, {0, 1}, fixed={1})  # from best to worst: 0, 2, 3, 1
+    assert cut is not None
+    assert (cut.last_kept, cut.first_dropped) == (0, 2)
+    assert find_cut(LAC, STATISTICS, None, {0, 1}, fixed={0, 1}) is None
+    profile = draw_profile(4, (0.3, 0.7))
+    budget = Budget(keep_prefill=0.5, keep_decode=0.5, protected=frozenset({0}))
+    assert schedule_cuts(profile, plan_schedule(profile.model, profile, criterion="lac", budget=budget)) == {}

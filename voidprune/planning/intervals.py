@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from voidprune.planning.budgets import parse_layers
 from voidprune.planning.criteria import CRITERIA, Criterion, Part
 from voidprune.profiling.profile import MEASURES, LayerStatistics, Profile, sum_statistics
 from voidprune.schedule import LayerAction, Phase, Schedule
@@ -85,10 +86,12 @@ def find_cut(
     replicates: Sequence[LayerStatistics] | None,
     kept: Collection[int],
     *,
+    fixed: Collection[int] = (),
     seed: int = 0,
 ) -> Cut | None:
-    """The edge of the layers `kept`; None where every layer stays."""
-    dropped = set(range(statistics.num_layers)) - set(kept)
+    """The edge of the layers `kept`, of those that the criterion chose: not `fixed` by the user. None where it had no choice."""
+    dropped = set(range(statistics.num_layers)) - {*kept, *fixed}
+    kept = set(kept) - set(fixed)
     if not kept or not dropped:
         return None
     if criterion.score is None:
@@ -110,12 +113,14 @@ def schedule_cuts(profile: Profile, schedule: Schedule) -> dict[Phase, Cut]:
     criterion = CRITERIA.get(str(schedule.origin.get("criterion")))
     if criterion is None or not criterion.needs_profile:
         return {}
+    named = (schedule.origin.get(name) for name in ("protected", "dropped"))
+    fixed = frozenset[int]().union(*(parse_layers(str(layers)) for layers in named if layers is not None))
     cuts = {}
     for phase in Phase:
         seen = tuple(Phase) if schedule.origin.get("phases") == "shared" else (phase,)
         statistics = sum_statistics(map(profile.statistics, seen), num_layers=profile.model.num_layers)
         kept = [layer for layer, action in enumerate(schedule.actions(phase)) if _keeps(action, criterion.part)]
-        cut = find_cut(criterion, statistics, resample_statistics(profile, seen), kept)
+        cut = find_cut(criterion, statistics, resample_statistics(profile, seen), kept, fixed=fixed)
         if cut is not None:
             cuts[phase] = cut
     return cuts
