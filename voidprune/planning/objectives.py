@@ -54,18 +54,22 @@ class LossObjective:
         self.groups = group_samples(rescorer.samples)
         self._values: dict[str, float] = {}
         self._journal = Journal() if journal is None else journal
+        self._base = rescorer.base
 
     def value(self, schedule: Schedule) -> float:
         step = f"{self.name} {describe_effect(schedule)}"
         if step not in self._values:
             known = self._journal.get(step)
-            self._values[step] = self._measure(schedule) if known is None else float(known)
             if known is None:
-                self._journal.record(step, self._values[step])
+                self.rescorer.rebase(self._base)
+                known = self._measure(schedule)
+                self._journal.record(step, known)
+            self._values[step] = float(known)
         return self._values[step]
 
     def rebase(self, schedule: Schedule) -> None:
-        self.rescorer.rebase(schedule)
+        """From which schedule the next ones differ by little; the model is run under it once one of them has to be measured."""
+        self._base = schedule
 
     def _measure(self, schedule: Schedule) -> float:
         return Grades(self.rescorer.measure(schedule), None).loss(self.groups)
