@@ -27,7 +27,7 @@ def commands() -> list[list[str]]:
 
 def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = task_rows("demo", num_items=2)
+    rows = task_rows("demo", num_items=6)
     items = [
         json.dumps(
             {"prompt": row.messages[0]["content"], "response": row.response, "answer": row.answer, "task": row.group}
@@ -43,7 +43,7 @@ def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
         if "-o" in arguments and (tmp_path / arguments[arguments.index("-o") + 1]).exists():
             arguments.append("--overwrite")
         if "--goal" in arguments:
-            arguments += ["--max-loss", "0.9"]  # two items a task cannot show that less is lost
+            arguments += ["--max-loss", "0.9"]  # three items a task to judge by cannot show that less is lost
         result = CliRunner().invoke(main, arguments, prog_name="voidprune", catch_exceptions=False)
         assert result.exit_code == 0, f"{arguments}: {result.output}"
 

@@ -114,16 +114,25 @@ def test_a_profile_that_is_needed_is_made(profile: Profile, sizes: ModelSizes) -
     assert plan(PlanRequest(budget=BUDGET, criterion="last-n", calibrated=FEW), sizes).profile is None
 
 
-@pytest.mark.parametrize("criterion", [None, "auto", "search-loss", "search-task"])
-def test_every_search_is_within_the_budget(criterion: str | None, profile: Profile, sizes: ModelSizes) -> None:
+@pytest.mark.parametrize("criterion", ["auto", "search-loss", "search-task"])
+def test_every_search_is_within_the_budget(criterion: str, profile: Profile, sizes: ModelSizes) -> None:
     request = PlanRequest(budget=BUDGET, criterion=criterion, calibrated=FEW, search_evaluations=2)
     schedule = plan(request, sizes, profile=profile).schedule
     assert BUDGET.overshoot(schedule, sizes) == 0
-    assert schedule.origin["criterion"] == (criterion or "auto")
+    assert schedule.origin["criterion"] == criterion
+
+
+def test_the_default_is_lac_with_a_profile_and_auto_without(profile: Profile, sizes: ModelSizes) -> None:
+    request = PlanRequest(budget=BUDGET, calibrated=FEW)
+    assert plan(request, sizes, profile=profile).schedule.origin["criterion"] == "lac"
+    assert plan(request, sizes).schedule.origin["criterion"] == "auto"
+    assert not request.runs_model(has_profile=True)
+    assert request.runs_model(has_profile=False)
 
 
 def test_auto_is_the_best_ranking(profile: Profile, sizes: ModelSizes) -> None:
-    schedule = plan(PlanRequest(budget=BUDGET, calibrated=FEW), sizes, profile=profile).schedule
+    request = PlanRequest(budget=BUDGET, criterion="auto", calibrated=FEW)
+    schedule = plan(request, sizes, profile=profile).schedule
     names = str(schedule.origin["equals"]).split(", ")
     for name in names:
         ranked = plan_from_profile(PlanRequest(budget=BUDGET, criterion=name), profile).schedule
@@ -197,7 +206,7 @@ KILLED = PlanRequest(
 
 
 def test_a_search_that_was_killed_resumes_to_the_same_schedule(tmp_path: Path, sizes: ModelSizes) -> None:
-    assert KILLED.needs_model()
+    assert KILLED.runs_model(has_profile=True)
     outputs = [tmp_path / name for name in ("whole.json", "killed.json")]
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -23,8 +23,8 @@ from voidprune.profiling.profile import Profile
 from voidprune.quality.noninferiority import MIN_SAMPLES, Comparison, compare_items, num_items_needed
 from voidprune.schedule import Phase, Scalar, Schedule
 
-HOPELESS = 10
-"""A path is left where it has lost this many times the bound on the very samples that it was chosen by."""
+SUSPECT, HOPELESS = 1, 10
+"""A schedule that loses this many times the bound on the very samples that it was chosen by is not judged; there a path ends."""
 
 
 def propose_schedules(trials: Trials, profile: Profile | None, budget: Budget, *, seed: int = 0) -> dict[str, Schedule]:
@@ -106,9 +106,11 @@ def find_free_schedule(
 ) -> FreePart:
     """The smallest schedule that is no worse than the whole model, up to `max_loss` of its perplexity and accuracy.
 
-    Layers are left out one by one, always the one that raises the loss of the choosing samples least; how many may go is then
-    found by bisection on the judging samples, with one-sided 95 % bounds. The bound of what is returned was checked; that no
-    smaller schedule would hold it was not. Raises DatasetError where the judging samples are too few for the bound.
+    Layers, and in a second run also sublayers, are left out one by one, always what raises the loss of the choosing samples
+    least for what it saves: arithmetic of the prompt (fast-prompt), bytes (small), or bytes read per output token after the first
+    (balanced). The schedules on the way are then judged on the judging samples, the cheapest first, with one-sided 95 % bounds,
+    and the first within the bound is returned. Sublayers save no bytes of the checkpoint, so `small` leaves out whole layers.
+    Raises DatasetError where the judging samples are too few for the bound.
     """
     _check_items(trials, max_loss)
     run = _FreeRun(trials, max_loss, protected, Journal() if journal is None else journal, track)
@@ -163,20 +165,19 @@ class _FreeRun:
     track: Track
 
     def shrink(self, start: Schedule, phases: Sequence[Phase]) -> tuple[Schedule, Comparison]:
-        """Cut the phases (both alike where there are two) as far as the bound allows."""
-        schedules = [start, *(step.schedule for step in self._path(start, phases))]
-        first = self.compare(start)
-        good, bad, held = 0, len(schedules), first
-        with self.track("judging", None, "schedules") as advance:
-            while bad - good > 1:
-                middle = (good + bad) // 2
-                comparison = self.compare(schedules[middle])
+        """Cut the phases (both alike where there are two) as far as the bound allows: the cheapest that holds."""
+        budget = self._wish(phases)
+        steps = [step for sublayers in (False, True) for step in self._path(start, phases, budget, sublayers=sublayers)]
+        steps.sort(key=lambda step: budget.overshoot(step.schedule, self.trials.sizes))
+        with self.track("judging", len(steps), "schedules") as advance:
+            for step in steps:
                 advance(1)
+                if self._loss_is_too_high(step.schedule):
+                    continue  # without a look at the answers, which takes longer
+                comparison = self.compare(step.schedule)
                 if comparison.holds:
-                    good, held = middle, comparison
-                else:
-                    bad = middle
-        return schedules[good], held
+                    return step.schedule, comparison
+        return start, self.compare(start)
 
     def compare(self, schedule: Schedule) -> Comparison:
         """A schedule beside the whole model, on the judging samples."""
@@ -189,21 +190,38 @@ class _FreeRun:
             groups=self.trials.groups,
         )
 
-    def _path(self, start: Schedule, phases: Sequence[Phase]) -> Iterator[Step]:
-        """Greedy steps until a single layer is left or hope is."""
-        fewest = max(1, len(self.protected)) / start.num_layers
-        budget = Budget(
-            keep_prefill=fewest if Phase.PREFILL in phases else None,
-            keep_decode=fewest if Phase.DECODE in phases else None,
+    def _loss_is_too_high(self, schedule: Schedule) -> bool:
+        whole, pruned = (self.trials.judge.measure(one) for one in (self.trials.whole, schedule))
+        return perplexity_loss(whole.nll, pruned.nll, whole.num_tokens).upper > self.max_loss
+
+    def _wish(self, phases: Sequence[Phase]) -> Budget:
+        """A limit that nothing meets, in the unit that leaving out is to save."""
+        return Budget(
+            max_prefill_flops=1 if tuple(phases) == (Phase.PREFILL,) else None,
+            max_decode_bytes=1 if tuple(phases) == (Phase.DECODE,) else None,
+            max_bytes=1 if len(phases) > 1 else None,
             protected=self.protected,
             shared=len(phases) > 1,
         )
+
+    def _path(self, start: Schedule, phases: Sequence[Phase], budget: Budget, *, sublayers: bool) -> Iterator[Step]:
+        """Greedy steps, until nothing or no hope is left; those that the choosing samples do not rule out."""
+        what = "layers and sublayers" if sublayers else "layers"
         total = estimate_evaluations(budget, start.num_layers)
-        with self.track(f"leaving out layers of {' and '.join(phases)}", total, "schedules") as advance:
-            objective = self.trials.objective("loss", journal=self.journal)
-            search = Search(objective, budget, phases=phases, on_evaluation=lambda: advance(1))
-            whole = search.measure(self.trials.whole)
-            for step in search.grow(search.measure(start)):
-                yield step
-                if step.value - whole.value > HOPELESS * self.max_loss:
+        with self.track(f"leaving out {what} of {' and '.join(phases)}", total, "schedules") as advance:
+            search = Search(
+                self.trials.objective("loss", journal=self.journal),
+                budget,
+                sizes=self.trials.sizes,
+                sublayers=sublayers,
+                phases=phases,
+                on_evaluation=lambda: advance(1),
+            )
+            whole, step = search.measure(self.trials.whole), search.measure(start)
+            while step.value - whole.value <= HOPELESS * self.max_loss:
+                try:
+                    step = search.cut(step)
+                except BudgetError:  # nothing is left to leave out
                     return
+                if step.value - whole.value <= SUSPECT * self.max_loss:
+                    yield step

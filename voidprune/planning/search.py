@@ -129,7 +129,7 @@ class Search:
         """Change after change from `start`, until the budget is met. Raises BudgetError where no change leads there."""
         step = start
         while self._overshoot(step.schedule) > 0:
-            step = self._best_cut(step)
+            step = self.cut(step)
             yield step
 
     def refine(self, best: Step, *, max_evaluations: int) -> Step:
@@ -160,12 +160,12 @@ class Search:
             while self._overshoot(step.schedule) > 0:
                 if self.num_evaluations >= last:
                     return None
-                step = self._best_cut(step)
+                step = self.cut(step)
             if step.value < best.value:
                 return step
         return None
 
-    def _best_cut(self, step: Step) -> Step:
+    def cut(self, step: Step) -> Step:
         """The change that costs the objective least for what it saves.
 
         What a change costs mostly rises as more is left out, so what it cost when it was last measured says which ones need not
@@ -259,10 +259,10 @@ def search_schedule(
     return search.refine(best, max_evaluations=bound)
 
 
-def estimate_evaluations(budget: Budget, num_layers: int) -> int | None:
-    """About how many schedules the greedy steps will measure, if the phases shrink alike; None where it cannot be known."""
-    if not budget.counts_only:
-        return None
+def estimate_evaluations(budget: Budget, num_layers: int) -> int:
+    """About how many schedules the greedy steps will measure, if the phases shrink alike and few changes are measured again."""
+    if not budget.counts_only:  # every change once, and a few in each of as many steps as there are sublayers
+        return (3 + 2 * NUM_MEASURED) * num_layers
     limits = list(budget.limits(num_layers).values())
     left = [num_layers - len(budget.dropped)] * (1 if budget.shared else len(limits))
     total = 0
