@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from voidprune.errors import DatasetError, ModelError
-from voidprune.execution.rescoring import Rescorer
+from voidprune.execution.rescoring import Likelihoods, Rescorer
 from voidprune.journal import Journal
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
@@ -91,6 +91,10 @@ class Judge:
         self._rescorer = Rescorer(trials.model, samples, trials.whole, batch_size=trials.batch_size)
         self._grader = trials.grader(self._rescorer) if trials.asks else None
         self._grades: dict[tuple[object, ...], Grades] = {}
+
+    def measure(self, schedule: Schedule) -> Likelihoods:
+        """The likelihoods alone, without any generation."""
+        return self._rescorer.measure(schedule)
 
     def grade(self, schedule: Schedule) -> Grades:
         key = (schedule.prefill, schedule.decode)
