@@ -39,12 +39,18 @@ def allocate_layers(
     allowed = _allowed(full, budget)
     values = _values(scores, full.num_layers)
     limits = budget.limits(full.num_layers)
-    found = [runs for case in _cases(full, sizes, limits, allowed) if (runs := _fit(values, case)) is not None]
-    if not found:
-        raise _infeasible(full, budget, sizes, allowed)
     worth = values.reshape(allowed.shape)
-    best = max(found, key=lambda runs: sum(worth[layer, CHOICES.index(run)] for layer, run in enumerate(runs)))
-    return _build(full, best)
+    best: tuple[float, list[Runs]] | None = None
+    for case in _cases(full, sizes, limits, allowed):
+        if best is not None and best[0] >= np.where(case.allowed, worth, 0).max(axis=1).sum():
+            break  # cases have fewer and fewer layers: no later one can be worth more
+        if (runs := _fit(values, case)) is not None:
+            value = float(sum(worth[layer, CHOICES.index(run)] for layer, run in enumerate(runs)))
+            if best is None or value > best[0]:
+                best = value, runs
+    if best is None:
+        raise _infeasible(full, budget, sizes, allowed)
+    return _build(full, best[1])
 
 
 @dataclass(frozen=True)
@@ -65,39 +71,46 @@ class _Case:
 def _cases(
     full: Schedule, sizes: ModelSizes, limits: Mapping[str, int], allowed: np.ndarray[Any, Any]
 ) -> Iterator[_Case]:
-    """The problem in parts within which costs add up.
+    """The problem in parts within which costs add up, those with the most layers first.
 
     All do but prefill FLOPs: the last layer that writes K/V is cheaper than the others. So where those are limited there is a
     case for each layer that may be the last to stay.
     """
-    if "prefill FLOPs" not in limits:
-        yield _make_case(full, sizes, limits, allowed, last=full.num_layers - 1)
-        return
+    num_layers = full.num_layers
+    final = num_layers - 1
+    below = [_changes(full, sizes, limits, layer, last=final) for layer in range(final)]
     stays = [choice != (False, False) for choice in CHOICES]
-    for last in range(full.num_layers):
+    for last in range(final, -1, -1) if "prefill FLOPs" in limits else (final,):
         narrowed = allowed.copy()
-        narrowed[last] &= stays
-        narrowed[last + 1 :] &= np.logical_not(stays)
-        if narrowed.any(axis=1).all():
-            yield _make_case(full, sizes, limits, narrowed, last=last)
+        if "prefill FLOPs" in limits:
+            narrowed[last] &= stays
+            narrowed[last + 1 :] &= np.logical_not(stays)
+        if not narrowed.any(axis=1).all():
+            continue
+        nothing = [dict.fromkeys(limits, 0)] * len(CHOICES)
+        layers = [*below[:last], _changes(full, sizes, limits, last, last=last), *[nothing] * (final - last)]
+        changes = {name: [choice[name] for layer in layers for choice in layer] for name in limits}
+        yield _Case(full, sizes, limits, narrowed, spent(_build(full, _most(full, last)), sizes), changes)
 
 
-def _make_case(
-    full: Schedule, sizes: ModelSizes, limits: Mapping[str, int], allowed: np.ndarray[Any, Any], *, last: int
-) -> _Case:
-    """What choices change is read off the model that has all layers up to `last`."""
-    most: list[Runs] = [(layer <= last, layer <= last) for layer in range(full.num_layers)]
+def _most(full: Schedule, last: int) -> list[Runs]:
+    return [(layer <= last, layer <= last) for layer in range(full.num_layers)]
+
+
+def _changes(
+    full: Schedule, sizes: ModelSizes, limits: Mapping[str, int], layer: int, *, last: int
+) -> list[dict[str, int]]:
+    """What each choice of a layer changes of what the model costs that has all layers up to `last`."""
+    most = _most(full, last)
     whole = spent(_build(full, most), sizes)
-    changes: dict[str, list[int]] = {name: [] for name in limits}
-    for layer in range(full.num_layers):
-        for choice in CHOICES:
-            runs = [*most[:layer], choice, *most[layer + 1 :]]
-            # A phase without any layer is no schedule; `_solve` excludes it whatever it costs.
-            possible = layer <= last and all(any(phase) for phase in zip(*runs, strict=True))
-            costs = spent(_build(full, runs), sizes) if possible else whole
-            for name in limits:
-                changes[name].append(costs[name] - whole[name])
-    return _Case(full, sizes, limits, allowed, whole, changes)
+    changes = []
+    for choice in CHOICES:
+        runs = [*most[:layer], choice, *most[layer + 1 :]]
+        # A phase without any layer is no schedule; `_solve` excludes it whatever it costs.
+        possible = all(any(phase) for phase in zip(*runs, strict=True))
+        costs = spent(_build(full, runs), sizes) if possible else whole
+        changes.append({name: costs[name] - whole[name] for name in limits})
+    return changes
 
 
 def _fit(values: np.ndarray[Any, Any], case: _Case) -> list[Runs] | None:
