@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from tests.tiny_models import NUM_LAYERS, TinyModel
 from voidprune.errors import ModelError
-from voidprune.models.checkpoint import Checkpoint, open_checkpoint
+from voidprune.models.checkpoint import Checkpoint, open_checkpoint, precision_name
+from voidprune.models.pretrained import DTYPES, load_model
 from voidprune.quality.layer_streaming import largest_part, read_weights, streamed_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [1, 2, 3, 4, 5, 6, 7]])
@@ -21,10 +26,34 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-def test_logits_are_those_of_the_whole_model(tiny_model: TinyModel) -> None:
-    with streamed_model(tiny_model.checkpoint, through="F32") as model:
-        assert torch.equal(logits(model), logits(tiny_model.model))
-        assert torch.equal(logits(model), logits(tiny_model.model)), "and again"
+def test_logits_are_those_of_the_whole_model(family_model: TinyModel) -> None:
+    """Of every family: where the modules have other names than the files, and where experts are put together on the way."""
+    with streamed_model(family_model.checkpoint, through="F32") as model:
+        assert torch.equal(logits(model), logits(family_model.model))
+        assert torch.equal(logits(model), logits(family_model.model)), "and again"
+
+
+@pytest.mark.parametrize("through", ["F16", "BF16"])
+def test_experts_are_rounded_as_they_are_stored(get_model: Callable[[str], TinyModel], through: str) -> None:
+    rounded = copy.deepcopy(get_model("mixtral").model)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.to(getattr(torch, DTYPES[precision_name(through)])).float()
+    with streamed_model(get_model("mixtral").checkpoint, through=through) as model:
+        assert torch.equal(logits(model), logits(rounded))
+
+
+def test_buffers_that_are_stored_count(get_model: Callable[[str], TinyModel], tmp_path: Path) -> None:
+    """The bias by which DeepSeek V3 picks its experts is no parameter, and zero where it was not read."""
+    source = get_model("deepseek_v3")
+    tensors = safetensors.torch.load_file(source.folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("e_score_correction_bias")]:
+        tensors[name] = torch.tensor([0.0, 0.0, 5.0, 4.0])
+    shutil.copytree(source.folder, tmp_path / "biased")
+    safetensors.torch.save_file(tensors, tmp_path / "biased" / "model.safetensors", metadata={"format": "pt"})
+    expected = logits(load_model(tmp_path / "biased"))
+    assert not torch.equal(expected, logits(source.model))
+    with streamed_model(open_checkpoint(tmp_path / "biased"), through="F32") as model:
+        assert torch.equal(logits(model), expected)
 
 
 def test_no_weights_stay_in_memory(llama: TinyModel) -> None:
