@@ -29,6 +29,7 @@ class Hub:
 
     `drops`: how many more answers with weights break off after half of their body. `short_by`: bytes that every answer with
     weights lacks at its end, by its own account. `busy`: how many more requests for weights are answered 503.
+    `denies`: the status and the error code that every file is answered with, as for who was not let in.
     `through_cdn`: weights are redirected to another path with another ETag, as large files are on the real Hub.
     """
 
@@ -44,6 +45,7 @@ class Hub:
     url: str = ""
     private: bool = False
     refuses_uploads: bool = False
+    denies: tuple[int, str] | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     weight_bytes_sent: int = 0
     bodies: list[tuple[str, str, bytes]] = field(default_factory=list)
@@ -129,6 +131,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_json({"error": f"no {path}"}, status=404, headers={"X-Error-Code": "EntryNotFound"})
 
     def resolve(self, name: str, files: dict[str, Path]) -> None:
+        if self.hub.denies is not None:
+            status, code = self.hub.denies
+            reason = {"X-Error-Code": code, "X-Error-Message": "Access to this model is restricted."}
+            self.answer_json({"error": "restricted"}, status=status, headers=reason)
+            return
         if name not in files:
             self.answer_json({"error": "no such file"}, status=404, headers={"X-Error-Code": "EntryNotFound"})
             return

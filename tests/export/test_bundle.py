@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from tests.conftest import MakeBundle
 from tests.tiny_models import NUM_LAYERS, TinyModel
 from voidprune import artifacts
-from voidprune.errors import ModelError, OutputError, ParityError, ScheduleError
+from voidprune.errors import CheckpointError, ModelError, OutputError, ParityError, ScheduleError
 from voidprune.execution.manifest import Manifest, Parity, read_manifest
 from voidprune.export.bundle import export_bundle
-from voidprune.models.checkpoint import WEIGHTS_FILE, open_checkpoint
+from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint
 from voidprune.models.pretrained import load_model
 from voidprune.quality.parity import check_bundle
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, dropped_schedule, full_schedule
@@ -359,3 +362,59 @@ def test_metadata_of_the_graphs_names_original_layers(llama: TinyModel, tmp_path
     assert {entry.key: entry.value for entry in graph.metadata_props}["voidprune.slots"] == "2 3 4 5"
     assert json.loads((tmp_path / "out" / "voidprune.json").read_text())["slots"] == [2, 3, 4, 5]
     assert NUM_LAYERS == 6
+
+
+def spoil(source: TinyModel, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Checkpoint:
+    shutil.copytree(source.folder, folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return open_checkpoint(folder, name="spoiled")
+
+
+NAME = "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "precision", "message", "hint"),
+    [
+        (
+            lambda tensors: tensors.update({NAME: tensors[NAME].bfloat16()}),
+            "keep",
+            "several dtypes: BF16, F32",
+            "--precision",
+        ),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].double()}), "keep", "matrices of F64", None),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].double()}), "fp16", "matrices of F64", None),
+    ],
+)
+def test_dtypes_that_make_no_bundle_are_refused_before_anything_is_copied(
+    llama: TinyModel, tmp_path: Path, change: Any, precision: str, message: str, hint: str | None
+) -> None:
+    source = spoil(llama, tmp_path / "source", change)
+    copied: list[int] = []
+    with pytest.raises(CheckpointError, match=message) as caught:
+        export_bundle(source, full_schedule(source.identity), tmp_path / "out", verify=accept, formats=("hf",),
+                      precision=precision, advance=copied.append)  # fmt: skip
+    assert hint is None or hint in str(caught.value.hint)
+    assert copied == []
+
+
+def test_mixed_dtypes_become_one_where_that_is_asked_for(llama: TinyModel, tmp_path: Path) -> None:
+    source = spoil(llama, tmp_path / "source", lambda tensors: tensors.update({NAME: tensors[NAME].bfloat16()}))
+    schedule = full_schedule(source.identity)
+    manifest = export_bundle(source, schedule, tmp_path / "out", verify=accept, formats=("hf",), precision="bf16")
+    assert manifest.dtype == "BF16"
+
+
+@pytest.mark.parametrize(("name", "content"), [("README.md", "---\na: [\n---\n"), ("generation_config.json", "[]")])
+def test_small_files_are_read_before_large_ones_are_copied(
+    llama: TinyModel, tmp_path: Path, name: str, content: str
+) -> None:
+    shutil.copytree(llama.folder, tmp_path / "source")
+    (tmp_path / "source" / name).write_text(content)
+    source, copied = open_checkpoint(tmp_path / "source"), list[int]()
+    with pytest.raises(ModelError, match=name):
+        export_bundle(source, full_schedule(source.identity), tmp_path / "out", verify=accept, formats=("hf",),
+                      advance=copied.append)  # fmt: skip
+    assert copied == []

@@ -127,6 +127,13 @@ def test_what_belongs_to_the_model_is_carried_over(spoilable: Path, tmp_path: Pa
         assert (folder / name).read_text() == name
 
 
+def test_link_to_nothing_is_named(spoilable: Path, tmp_path: Path) -> None:
+    """A tokenizer that was half fetched would be missing without a word."""
+    (spoilable / "tokenizer.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(ModelError, match=r"tokenizer\.json is a link to nothing"):
+        slim(spoilable, tmp_path / "slim")
+
+
 def test_remote_code_is_not_carried_over(spoilable: Path, tmp_path: Path) -> None:
     config = read_json(spoilable / "config.json")
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_custom.Model"}

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from transformers import AutoModelForCausalLM
 
-from tests.hub_server import COMMIT, Hub, serve_hub
+from tests.hub_server import COMMIT, Hub, serve_hub, using_hub
 from tests.models.test_checkpoint import shard
+from tests.models.test_quantization import GPTQ, quantize
 from tests.tiny_models import TinyModel, build_model
+from voidprune.errors import CheckpointError, ModelError
+from voidprune.execution.manifest import Manifest, read_manifest
+from voidprune.models import remote
+from voidprune.models.checkpoint import Checkpoint, open_checkpoint
 from voidprune.pipeline.export import export_model
 from voidprune.schedule import dropped_schedule, write_schedule
 
@@ -59,7 +69,7 @@ def test_export_of_a_hub_model_fetches_what_it_keeps(model: TinyModel, tmp_path:
 
 
 def test_progress_is_in_bytes(model: TinyModel, tmp_path: Path) -> None:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from contextlib import contextmanager
 
     seen: dict[str, tuple[int | None, str, int]] = {}
@@ -85,3 +95,110 @@ def test_progress_is_in_bytes(model: TinyModel, tmp_path: Path) -> None:
     total, unit, told = seen["copying"]
     assert (unit, told) == ("bytes", total)
     assert list(seen) == ["copying", "verifying"]
+
+
+def export(checkpoint: Checkpoint, folder: Path, **arguments: Any) -> Manifest:
+    schedule = dropped_schedule(checkpoint.identity, {0, 3})
+    return export_model(checkpoint, schedule, folder, formats=("hf",), provider="cpu", **arguments)
+
+
+def predict_a_token_more(source: TinyModel, folder: Path) -> TinyModel:
+    """The same model with a layer for multi-token prediction behind the last, as DeepSeek publishes its own."""
+    shutil.copytree(source.folder, folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    last = {name: value for name, value in tensors.items() if name.startswith("model.layers.5.")}
+    tensors |= {name.replace("layers.5", "layers.6"): value.clone() for name, value in last.items()}
+    tensors["model.layers.6.eh_proj.weight"] = torch.randn(32, 64)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    return TinyModel("mtp", folder)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3", "gpt_oss", "mixtral", "phi3", "qwen3_moe"])
+def test_hub_models_of_families_that_are_stored_otherwise(
+    get_model: Callable[[str], TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Experts one by one in files and fused in memory, modules nested otherwise: verified from the kept layers alone."""
+    source = get_model(name)
+    if name == "deepseek_v3":
+        source = predict_a_token_more(source, tmp_path / "source")
+    published = shard(source, tmp_path / "published")
+    monkeypatch.setattr(remote, "_START", 1 << 14)
+    with using_hub(Hub("some/model", published), monkeypatch, tmp_path / "home"):
+        checkpoint = remote.open_remote_checkpoint("some/model")
+        manifest = export(checkpoint, tmp_path / "out", max_shard_bytes=20_000)
+    assert manifest.parity is not None
+    assert manifest.parity.layer_streamed
+    assert manifest.parity.hf <= manifest.parity.tolerance
+    local = export(open_checkpoint(published), tmp_path / "local", max_shard_bytes=20_000)
+    assert local.parity is not None
+    assert not local.parity.layer_streamed
+    assert manifest.files == local.files
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+
+# ---- quantized checkpoints
+
+
+@pytest.fixture
+def quantized(llama: TinyModel, tmp_path: Path) -> Checkpoint:
+    return open_checkpoint(quantize(llama, tmp_path / "quantized", GPTQ))
+
+
+def test_quantized_models_that_cannot_be_run_are_refused_with_the_way_out(
+    quantized: Checkpoint, tmp_path: Path
+) -> None:
+    """No package that runs GPTQ is among ours."""
+    with pytest.raises(ModelError, match=r"quantized cannot be verified: transformers cannot run .*optimum") as caught:
+        export(quantized, tmp_path / "out")
+    assert "--unverified" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_nobody_ran_says_so(quantized: Checkpoint, tmp_path: Path) -> None:
+    assert export(quantized, tmp_path / "out", unverified=True).parity is None
+    assert read_manifest(tmp_path / "out").parity is None
+    assert "Not verified: nobody has run this checkpoint." in (tmp_path / "out" / "README.md").read_text()
+    assert open_checkpoint(tmp_path / "out").architecture.num_layers == 4
+
+
+def test_what_can_be_verified_is(llama: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="can be verified"):
+        export(llama.checkpoint, tmp_path / "out", unverified=True)
+
+
+def test_scales_keep_their_dtype(quantized: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="scales belong to the dtypes"):
+        export(quantized, tmp_path / "out", unverified=True, precision="bf16")
+
+
+def test_quantized_models_of_the_hub_are_refused_before_they_are_fetched(
+    llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = quantize(llama, tmp_path / "published", GPTQ)
+    monkeypatch.setattr(remote, "_START", 1 << 14)
+    with using_hub(Hub("some/model", published), monkeypatch, tmp_path / "home") as hub:
+        checkpoint = remote.open_remote_checkpoint("some/model")
+        sent = hub.weight_bytes_sent
+        with pytest.raises(ModelError, match="cannot be verified from the layers that are kept"):
+            export(checkpoint, tmp_path / "out")
+        assert hub.weight_bytes_sent == sent
+        assert export(checkpoint, tmp_path / "out", unverified=True).source_revision == COMMIT
+
+
+# ---- who is not let in
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, "GatedRepo"), (403, "GatedRepo")])
+def test_gated_models_say_what_to_do(
+    model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    with (
+        using_hub(Hub("some/model", model.folder, denies=(status, code)), monkeypatch, tmp_path / "home"),
+        pytest.raises(ModelError, match="no model some/model") as caught,
+    ):
+        remote.open_remote_checkpoint("some/model")
+    assert "hf auth login" in str(caught.value.hint)

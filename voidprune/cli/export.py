@@ -44,6 +44,7 @@ from voidprune.cli.plan import print_plan
 @click.option("--eval-tasks", default="demo", show_default=True, help="What gates are measured on, as eval --tasks.")
 @provider_option
 @seed_option
+@click.option("--unverified", is_flag=True, help="Publish a quantized model that cannot be run here, and say so in it.")
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print what would be kept; write nothing.")
 @json_option
@@ -66,6 +67,7 @@ def export(
     public: bool,
     provider: str | None,
     seed: int,
+    unverified: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -152,6 +154,7 @@ def export(
         overwrite=overwrite,
         seed=seed,
         accept=accept,
+        unverified=unverified,
         track=progress_bars(quiet),
     )
     show_result(manifest.to_document(), manifest_table, manifest, as_json=as_json)

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import voidprune
 from voidprune import artifacts
-from voidprune.errors import OutputError
+from voidprune.errors import CheckpointError, OutputError
 from voidprune.execution import manifest as manifests
 from voidprune.execution.manifest import Graph, Manifest, Parity
 from voidprune.export.genai import FILE as GENAI_FILE
 from voidprune.export.genai import describe_genai
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, write_slim_checkpoint
-from voidprune.export.model_card import write_model_card
-from voidprune.models.checkpoint import Checkpoint, open_checkpoint, weights_hash
+from voidprune.export.model_card import read_card, write_model_card
+from voidprune.models.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint, weights_hash
 from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.pretrained import end_tokens
 from voidprune.models.tensors import Advance
@@ -32,7 +32,7 @@ from voidprune.schedule import Phase, Schedule
 
 FORMATS = ("hf", "onnx")
 
-Verify = Callable[[Path], Parity]
+Verify = Callable[[Path], Parity | None]
 
 
 def export_bundle(
@@ -50,11 +50,13 @@ def export_bundle(
     """Write the bundle of a model under a schedule.
 
     `verify` gets the staged folder, which `read_manifest` and all loaders accept, and returns how far it is from the
-    reference; what it raises (ParityError) ends the export with nothing published. The checkpoint is written in any case,
-    because the graphs read it; `advance` is told the bytes of tensors written.
+    reference, None where that was not measured; what it raises (ParityError) ends the export with nothing published. The
+    checkpoint is written in any case, because the graphs read it; `advance` is told the bytes of tensors written.
     Raises ScheduleError, ModelError, CheckpointError, OutputError.
     """
     schedule.check_model(source.identity, place="the schedule")
+    _check_dtypes(source, precision)
+    card = read_card(source.folder / "README.md")
     if "onnx" in formats:
         describe_graph_architecture(source.config, source.architecture.spec)  # refused before anything is written
     if source.folder.resolve().is_relative_to(folder.resolve()):
@@ -85,8 +87,29 @@ def export_bundle(
         _write_manifest(stage, manifest)
         manifest = replace(manifest, parity=verify(stage))
         _write_manifest(stage, manifest)
-        write_model_card(stage, manifest, source=source.folder)
+        write_model_card(stage, manifest, source_card=card)
     return manifest
+
+
+def _check_dtypes(source: Checkpoint, precision: str) -> None:
+    """Refuse before anything is copied what would be no bundle. Raises CheckpointError."""
+    if source.config.get("quantization_config"):
+        if precision != "keep":
+            raise CheckpointError(
+                f"{source.name} is quantized: its scales belong to the dtypes that they have",
+                hint="leave --precision out",
+            )
+        return
+    matrices = {record.dtype for record in source.tensors.values() if len(record.shape) == 2}
+    if unknown := matrices - set(FLOAT_DTYPES):
+        raise CheckpointError(
+            f"{source.name} has matrices of {', '.join(sorted(unknown))}; {', '.join(FLOAT_DTYPES)} are supported"
+        )
+    if precision == "keep" and len(matrices) > 1:
+        raise CheckpointError(
+            f"the matrices of {source.name} are of several dtypes: {', '.join(sorted(matrices))}",
+            hint="choose one with --precision",
+        )
 
 
 def _write_graphs(slim: Checkpoint, schedule: Schedule, stage: Path) -> dict[Phase, Graph]:

@@ -70,13 +70,13 @@ def write_slim_checkpoint(
     """
     config = slim_config(source, kept, precision=precision)
     groups = layer_tensor_groups(source, kept)
-    hashes = write_weights(
-        groups, folder, max_shard_bytes=max_shard_bytes, dtype=PRECISIONS.get(precision), advance=advance
-    )
     _write_json(folder / "config.json", config)
     _write_generation_config(source.folder, folder)
     _carry_files(source.folder, folder)
-    return hashes
+    # Last, so that nothing is found wrong with the small files after an hour of copying.
+    return write_weights(
+        groups, folder, max_shard_bytes=max_shard_bytes, dtype=PRECISIONS.get(precision), advance=advance
+    )
 
 
 def slim_config(source: Checkpoint, kept: Sequence[int], *, precision: str = "keep") -> dict[str, Any]:
@@ -104,6 +104,8 @@ def _carry_files(source: Path, folder: Path) -> None:
                 if target.suffix.lower() not in _NEVER_CARRIED:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(inner, target)
+        elif path.is_symlink() and not path.exists() and _is_carried(path):
+            raise ModelError(f"{path} is a link to nothing", hint="fetch the model again, or remove the link")
         elif path.is_file() and _is_carried(path):
             shutil.copyfile(path, folder / path.name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ _INHERITED = ("license", "license_name", "license_link", "language")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def write_model_card(folder: Path, manifest: Manifest, *, source: Path) -> None:
-    """Write README.md. Licence and languages are those of the source's own card. Raises ModelError where that is broken."""
-    front_matter = describe_card(manifest, read_card(source / "README.md"))
+def write_model_card(folder: Path, manifest: Manifest, *, source_card: Mapping[str, Any]) -> None:
+    """Write README.md. Licence and languages are those of the source's own card (`read_card`)."""
+    front_matter = describe_card(manifest, source_card)
     (folder / "README.md").write_text(f"---\n{front_matter}\n---\n\n{_render(manifest)}")
 
 
@@ -35,11 +36,15 @@ def read_card(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def describe_card(manifest: Manifest, source_card: dict[str, Any]) -> str:
+def describe_card(manifest: Manifest, source_card: Mapping[str, Any]) -> str:
     """The front matter, as the Hub accepts it: a base model has to be the id of a model there, not a folder's name."""
     from huggingface_hub import ModelCardData
 
     fields = {name: source_card[name] for name in _INHERITED if source_card.get(name)}
+    if source_card.get("language") is False:
+        fields["language"] = [False]
+    if isinstance(languages := fields.get("language"), list):  # YAML 1.1 reads Norwegian, `no`, as a refusal
+        fields["language"] = ["no" if language is False else language for language in languages]
     if _HUB_ID.fullmatch(manifest.source):
         fields["base_model"] = manifest.source
     card = ModelCardData(
@@ -123,19 +128,21 @@ def _new_number(manifest: Manifest, layer: int) -> str:
 
 def _render_parity(manifest: Manifest) -> str:
     parity = manifest.parity
-    assert parity is not None, "nothing unverified is published"
-    onnx = "" if parity.onnx is None else f"; of the ONNX graphs, {parity.onnx:.2g}"
-    if parity.layer_streamed:
+    if parity is None:
         return (
-            f"Largest difference of logits from the reference (the source model with the dropped parts left out), over "
-            f"{parity.num_prompts} prompts with responses of {parity.num_decode_steps} tokens, in one pass without a cache, "
-            f"decoder layers loaded one at a time because both models do not fit into the memory: of the checkpoint, "
-            f"{parity.hf:.2g}{onnx}; allowed, {parity.tolerance:.2g}."
+            "Not verified: nobody has run this checkpoint. It is quantized, and where it was made it could not be run, or not "
+            "compared with its source. Its tensors are the source's, byte for byte, and its layers are numbered without gaps."
         )
+    onnx = "" if parity.onnx is None else f"; of the ONNX graphs, {parity.onnx:.2g}"
+    how = (
+        f"over {parity.num_prompts} prompts with responses of {parity.num_decode_steps} tokens, in one pass without a cache, "
+        "decoder layers loaded one at a time because both models do not fit into the memory"
+        if parity.layer_streamed
+        else f"over {parity.num_prompts} prompts with {parity.num_decode_steps} decode steps each and a second turn"
+    )
     return (
-        f"Largest difference of logits from the reference (the source model with the dropped parts left out), over "
-        f"{parity.num_prompts} prompts with {parity.num_decode_steps} decode steps each and a second turn: of the checkpoint, "
-        f"{parity.hf:.2g}{onnx}; allowed, {parity.tolerance:.2g}."
+        f"Largest difference of logits from the reference (the source model, its weights in {manifest.dtype}, with the dropped "
+        f"parts left out), {how}: of the checkpoint, {parity.hf:.2g}{onnx}; allowed, {parity.tolerance:.2g}."
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from voidprune.errors import CheckpointError, ModelError
 from voidprune.models.architecture import DecoderArchitecture
 from voidprune.models.copying import INDEX_FILE, PAGE, WEIGHTS_FILE, copy_tensors
+from voidprune.models.downloads import access_hint
 from voidprune.models.families import read_architecture
 from voidprune.models.tensors import (
     DTYPE_BYTES,
@@ -153,7 +154,7 @@ def find_model(name: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"no model {name}: not a folder here, and the Hub says: {reason}",
-            hint="check the spelling; offline, give the path of a local folder",
+            hint=access_hint(error),
         ) from error
 
 

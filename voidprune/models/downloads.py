@@ -250,6 +250,18 @@ def client_errors() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
+def access_hint(error: Exception) -> str:
+    """What to do about a model that cannot be looked up."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError) or status == 403:
+        return "accept its terms on its page on the Hub, then: hf auth login"
+    if isinstance(error, RepositoryNotFoundError) or status == 401:
+        return "check the spelling; where it is private: hf auth login"
+    return "check the spelling; offline, give the path of a local folder"
+
+
 def _url(repo: str, name: str, commit: str) -> str:
     from huggingface_hub import constants, hf_hub_url
 

@@ -41,7 +41,7 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"transformers cannot load {folder}: {_first_line(error)}") from error
     model, found = outcome
     if missing := found["missing_keys"]:
@@ -54,6 +54,17 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
             f"torch cannot use the device {device}: {_first_line(error)}", hint="use --device cpu or --provider cpu"
         ) from error
     return loaded
+
+
+def check_quantized_runs(config: Mapping[str, Any]) -> None:
+    """Raise ModelError where transformers cannot run the quantized model of this `config.json` here, and what it says it lacks."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        quantizer = AutoHfQuantizer.from_config(dict(config["quantization_config"]), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        raise ModelError(f"transformers cannot run this quantized model: {_first_line(error)}") from error
 
 
 def check_rotary_frequencies(model: Any, folder: Path) -> None:

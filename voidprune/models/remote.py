@@ -46,6 +46,7 @@ from voidprune.models.downloads import (
     RangesIgnored,
     RemoteFile,
     Sink,
+    access_hint,
     client_errors,
     fetch_range,
     fetch_start,
@@ -84,7 +85,7 @@ def open_remote_checkpoint(repo: str, *, cache: Path | None = None, patience: Pa
     except client_errors() as error:
         raise ModelError(
             f"no model {repo}: not a folder here, and the Hub says: {first_line(error)}",
-            hint="check the spelling; offline, give the path of a local folder",
+            hint=access_hint(error),
         ) from error
     if "config.json" not in names:
         raise ModelError(f"{repo} holds no config.json", hint="give the Hub id of a Hugging Face causal LM")

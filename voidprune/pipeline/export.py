@@ -12,6 +12,7 @@ from voidprune.export.bundle import FORMATS, export_bundle
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, slim_bytes, slim_tensors
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.graph_architecture import describe_graph_architecture
+from voidprune.models.pretrained import check_quantized_runs
 from voidprune.models.tensors import fetch_tensors, missing_bytes
 from voidprune.pipeline.models import default_provider
 from voidprune.pipeline.progress import Track, untracked
@@ -40,15 +41,20 @@ def export_model(
     overwrite: bool = False,
     seed: int = 0,
     accept: Callable[[Path], None] | None = None,
+    unverified: bool = False,
     track: Track = untracked,
 ) -> Manifest:
     """Export a bundle, verified against the source model before it is published. Raises every VoidpruneError of the way.
+
+    A quantized checkpoint may be published `unverified`, because running it takes packages or devices that are not everywhere;
+    its manifest and model card say so.
 
     `accept` gets the staged folder once it is verified, and may refuse it by raising: `gates.gate_bundle`. Of a checkpoint that
     was opened on the Hub, only the tensors of kept layers are fetched.
     """
     provider = provider or default_provider()
     schedule.check_model(checkpoint.identity, place="the schedule")
+    _check_verifiable(checkpoint, unverified=unverified)
     needed = slim_tensors(checkpoint, schedule.union)
     if missing := missing_bytes(needed):
         with track("fetching", missing, "bytes") as advance:
@@ -57,10 +63,12 @@ def export_model(
         total = slim_bytes(checkpoint, schedule.union, precision=precision)
         advance = copying.enter_context(track("copying", total, "bytes"))
 
-        def verify(stage: Path) -> Parity:
+        def verify(stage: Path) -> Parity | None:
             copying.close()
-            with track("verifying", None, "steps"):
-                parity = verify_bundle(stage, source=checkpoint, schedule=schedule, provider=provider, seed=seed)
+            parity = None
+            if not unverified:
+                with track("verifying", None, "steps"):
+                    parity = verify_bundle(stage, source=checkpoint, schedule=schedule, provider=provider, seed=seed)
             if accept is not None:
                 accept(stage)
             return parity
@@ -76,3 +84,28 @@ def export_model(
             overwrite=overwrite,
             advance=advance,
         )
+
+
+def _check_verifiable(checkpoint: Checkpoint, *, unverified: bool) -> None:
+    """Refuse before anything is copied what could not be verified after it, and `unverified` where there is no need for it."""
+    if not checkpoint.config.get("quantization_config"):
+        if unverified:
+            raise ModelError(
+                f"{checkpoint.name} can be verified; only quantized checkpoints may be published unverified",
+                hint="leave --unverified out",
+            )
+        return
+    if unverified:
+        return
+    hint = "add --unverified to publish it with a model card that says that nobody ran it"
+    if checkpoint.revision is not None:  # and so layer by layer, for which its weights would have to be decoded
+        raise ModelError(
+            f"{checkpoint.name} is quantized: it cannot be verified from the layers that are kept",
+            hint=f"{hint}; or download it all and give its folder",
+        )
+    try:
+        check_quantized_runs(checkpoint.config)
+    except ModelError as error:
+        raise ModelError(
+            f"{checkpoint.name} cannot be verified: {error.message}", hint=f"install that; or {hint}"
+        ) from error

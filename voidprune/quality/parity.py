@@ -171,6 +171,7 @@ def check_layers(
         return np.asarray(logits_BTV.float().cpu().numpy())
 
     expected_BTV = run(source, schedule)
+    _require_finite([expected_BTV], name=source.name)
     hf = _largest_difference([run(slim, renumbered)], [expected_BTV])
     _require(hf, TOLERANCE, what="the slim checkpoint in transformers")
     onnx, tolerance = None, TOLERANCE
@@ -225,6 +226,8 @@ def _check_whole(
             return [run_reference(copy, script) for script in scripts]
 
     expected, device = run_source()  # and the source is out of memory again, where nobody else holds it
+    if manifest.dtype == "F32":
+        _require_finite(expected, name=manifest.source)
     stored = run_slim(precision_name(manifest.dtype))
     truth, tolerance = expected, TOLERANCE
     if manifest.dtype != "F32":
@@ -232,7 +235,8 @@ def _check_whole(
         tolerance = 2 * _largest_difference(stored, truth)
         if not np.isfinite(tolerance):
             raise ParityError(
-                f"the weights in {manifest.dtype} give logits that are not finite", hint="export with --precision fp32"
+                f"the weights in {manifest.dtype} give logits that are not finite",
+                hint="export with --precision fp32; if that says so too, it is the source",
             )
     hf = _largest_difference(stored, expected)
     _require(hf, tolerance, what="the slim checkpoint in transformers")
@@ -252,6 +256,14 @@ def _check_whole(
 
 def _largest_difference(one: Sequence[Array], other: Sequence[Array]) -> float:
     return max(float(np.abs(first - second).max()) for first, second in zip(one, other, strict=True))
+
+
+def _require_finite(expected: Sequence[Array], *, name: str) -> None:
+    if not all(np.isfinite(logits).all() for logits in expected):
+        raise ParityError(
+            f"the logits of {name} itself are not finite, so nothing can be compared with them",
+            hint="nothing was published; its weights hold NaN or infinity, or were made for another config.json",
+        )
 
 
 def _require(difference: float, tolerance: float, *, what: str) -> None:
