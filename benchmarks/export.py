@@ -145,14 +145,13 @@ def slim(source: Path, target: Path, keep: float) -> None:
     from voidprune import artifacts
     from voidprune.export.hf_checkpoint import slim_config, write_slim_checkpoint
     from voidprune.models.checkpoint import open_checkpoint
+    from voidprune.planning.budgets import Budget
     from voidprune.planning.planner import plan_schedule
-    from voidprune.schedule import Phase
 
     imported = time.perf_counter()
     checkpoint = open_checkpoint(source)
-    schedule = plan_schedule(
-        checkpoint.identity, None, criterion="random", keep=dict.fromkeys(Phase, keep), shared=True, seed=1
-    )
+    budget = Budget(keep_prefill=keep, keep_decode=keep, shared=True)
+    schedule = plan_schedule(checkpoint.identity, None, criterion="random", budget=budget, seed=1)
     slim_config(checkpoint, schedule.union)
     planned = time.perf_counter()
     with artifacts.staged_folder(target, marker="config.json") as stage:

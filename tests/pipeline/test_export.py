@@ -202,3 +202,14 @@ def test_gated_models_say_what_to_do(
     ):
         remote.open_remote_checkpoint("some/model")
     assert "hf auth login" in str(caught.value.hint)
+
+
+def test_the_benchmark_measures_what_is_exported(model: TinyModel, tmp_path: Path) -> None:
+    """`make bench-export` runs this in a process of its own; a changed signature would only show there."""
+    script = Path(__file__).parents[2] / "benchmarks" / "export.py"
+    finished = subprocess.run(
+        [sys.executable, script, "--slim", model.folder, tmp_path / "out", "0.5"], capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["hashes"].keys() == {"model.safetensors"}
+    assert open_checkpoint(tmp_path / "out").architecture.num_layers == 3
