@@ -19,6 +19,7 @@ from voidprune.schedule import full_schedule, write_schedule
 GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = (
     "profile",
+    "probe",
     "plan",
     "compare",
     "export",

@@ -74,6 +74,7 @@ _RESULTS: dict[str, Callable[[artifacts.Document], Any]] = {
     "benchmark": tables.benchmark_table,
     "comparison": tables.comparison_table,
     "adaptive-evaluation": tables.adaptive_tables,
+    "probe": tables.probe_tables,
 }
 _VERSIONS = {"comparison": 2, "evaluation": 2}
 

@@ -427,6 +427,70 @@ def adaptive_tables(document: Mapping[str, Any]) -> list[Table]:
     return [results, usage, histogram]
 
 
+def probe_tables(document: Mapping[str, Any]) -> list[Table]:
+    """Quality against depth, a table a task and scope; then from where on each intervention is harmless."""
+    num_layers, margin = document["model"]["num_layers"], document["settings"]["margin"]
+    results: Sequence[Mapping[str, Any]] = document["results"]
+    tables = []
+    for task, whole in document["whole"].items():
+        for scope in dict.fromkeys(one["scope"] for one in results if one["scope"] != "any") or ("any",):
+            tables.append(_curves_table(task, whole, [one for one in results if one["scope"] in (scope, "any")], scope))
+    verdicts = Table(
+        title=f"{document['model']['name']}, {num_layers} layers: harmless up to {margin:.2%}",
+        caption="harmless from: first of the layers from which on no task loses more, with 95 % confidence; "
+        f"unharmed from: the same of the losses that were seen{_shortage(document)}",
+    )
+    for name in ("intervention", "scope", "harmless from", "unharmed from", "share of layers"):
+        verdicts.add_column(name, justify="left" if name in ("intervention", "scope") else "right", no_wrap=True)
+    for one in results:
+        shown = ["-" if depth is None else str(depth) for depth in (one["harmless_from"], one["unharmed_from"])]
+        depth = one["harmless_from"] if one["harmless_from"] is not None else one["unharmed_from"]
+        share = "-" if depth is None else f"{1 - depth / num_layers:.0%}"
+        unsure = " unproven" if depth is not None and one["harmless_from"] is None else ""
+        verdicts.add_row(one["intervention"], one["scope"], *shown, share + unsure)
+    return [*tables, verdicts]
+
+
+def _shortage(document: Mapping[str, Any]) -> str:
+    """Which tasks have too few items for any loss to be excluded."""
+    few = [
+        f"{task} {whole['num_items']} of {whole['num_items_needed']}"
+        for task, whole in document["whole"].items()
+        if whole["num_items_needed"] is not None and whole["num_items"] < whole["num_items_needed"]
+    ]
+    return f". Too few items to show it, at least: {', '.join(few)}" if few else ""
+
+
+def _curves_table(task: str, whole: Mapping[str, Any], results: Sequence[Mapping[str, Any]], scope: str) -> Table:
+    is_answered = whole["accuracy"] is not None
+    name, key = ("accuracy", "accuracy") if is_answered else ("perplexity, relative", "perplexity_ratio")
+    level = f"{whole['accuracy']:.1%}" if is_answered else f"{whole['perplexity']:.3f}"
+    reach = {"prompt": "the prompt", "published": "all earlier tokens", "any": "any scope"}[scope]
+    switches = is_answered and any(one["intervention"] == "switch" for one in results)
+    table = Table(
+        title=f"{task}, {reach}: {name} ({whole['num_items']} items, whole model {level})",
+        caption="depth: the first layer that sees changed states; ±: half the 95 % interval"
+        + ("; donor: answers of the other prompt" if switches else ""),
+    )
+    table.add_column("depth", justify="right", no_wrap=True)
+    for one in results:
+        table.add_column({"skip-attention": "no attn"}.get(one["intervention"], one["intervention"]), justify="right")
+        if switches and one["intervention"] == "switch":
+            table.add_column("donor", justify="right")
+    points = [{point["depth"]: point["tasks"][task] for point in one["points"]} for one in results]
+    for depth in sorted({depth for curve in points for depth in curve}):
+        cells = []
+        for one, curve in zip(results, points, strict=True):
+            found = curve[depth]
+            low, high = found[key]["interval"]
+            value, half = found[key]["value"], (high - low) / 2
+            cells.append(f"{value:.0%}±{half * 100:.0f}" if is_answered else f"{value:.4g}±{half:.2g}")
+            if switches and one["intervention"] == "switch":
+                cells.append(f"{found['switched']:.0%}")
+        table.add_row(str(depth), *cells)
+    return table
+
+
 def _run_name(run: Mapping[str, Any], *parts: str) -> tuple[str, str]:
     return ("" if run["alpha"] is None else f"{run['alpha']:g}", ", ".join((run["name"], *parts)))
 

@@ -18,6 +18,7 @@ from voidprune.cli.evaluate import evaluate
 from voidprune.cli.export import export
 from voidprune.cli.generate import generate
 from voidprune.cli.plan import plan
+from voidprune.cli.probe import probe
 from voidprune.cli.profile import profile
 from voidprune.cli.run import run
 from voidprune.cli.show import families, report, show
@@ -62,5 +63,5 @@ def main() -> None:
     """
 
 
-for command in (profile, plan, compare, export, generate, show, families, evaluate, bench, run, report, demo):
+for command in (profile, probe, plan, compare, export, generate, show, families, evaluate, bench, run, report, demo):
     main.add_command(command)

@@ -96,9 +96,18 @@ def read_rows(path: Path) -> list[Row]:
 
 def default_rows() -> list[Row]:
     """The calibration prompts that ship with the package: varied instructions, without responses."""
-    content = resources.files("voidprune.profiling").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+    return _built_in_rows("prompts.jsonl", group="default", what="built-in prompts")
+
+
+def capital_rows() -> list[Row]:
+    """The capitals that ship with the package: "The capital of France is", to be answered with Paris."""
+    return _built_in_rows("capitals.jsonl", group="capitals", what="capitals")
+
+
+def _built_in_rows(file: str, *, group: str, what: str) -> list[Row]:
+    content = resources.files("voidprune.profiling").joinpath(file).read_text(encoding="utf-8")
     return [
-        _parse_line(line, group="default", place=f"built-in prompts, line {number}")
+        _parse_line(line, group=group, place=f"{what}, line {number}")
         for number, line in enumerate(content.splitlines(), start=1)
     ]
 
