@@ -19,9 +19,11 @@ import yaml
 from voidprune import artifacts
 from voidprune.errors import RecipeError
 from voidprune.execution.sampling import Sampling
-from voidprune.profiling.layouts import LAYOUTS, HubData
+from voidprune.profiling.layouts import LAYOUTS, TEXT_LAYOUTS, HubData
 
 SCHEMA = artifacts.schema_key("recipe", 1)
+INTERVENTIONS = ("random", "freeze", "skip-attention", "switch", "shuffle")
+SCOPES = ("prompt", "published")
 Value = TypeVar("Value")
 
 
@@ -101,7 +103,53 @@ class AdaptiveRecipe:
         }
 
 
-Recipe = AdaptiveRecipe
+@dataclass(frozen=True)
+class ProbeSource:
+    """What a probe asks: a `task` by name, or text in a layout: a key of `TEXT_LAYOUTS`, or "rows", a calibration file."""
+
+    max_new_tokens: int
+    task: str | None = None
+    layout: str = "rows"
+    source: HubData | Path | None = None
+
+    def to_document(self) -> artifacts.Document:
+        length = {"max_new_tokens": self.max_new_tokens}
+        if self.source is None:
+            return {"task": self.task, **length}
+        return {**DataSource(self.layout, self.source).to_document(), **length}
+
+
+@dataclass(frozen=True)
+class ProbeRecipe:
+    """Interventions on earlier tokens' states at every depth (arXiv 2409.03621), a document a data set."""
+
+    model: str
+    dtype: str
+    interventions: tuple[str, ...]
+    scopes: tuple[str, ...]
+    margin: float
+    batch_size: int
+    seed: int
+    limit: int | None
+    datasets: Mapping[str, ProbeSource]
+
+    def to_document(self) -> artifacts.Document:
+        return {
+            "schema": SCHEMA,
+            "kind": "probe",
+            "model": self.model,
+            "dtype": self.dtype,
+            "interventions": list(self.interventions),
+            "scopes": list(self.scopes),
+            "margin": self.margin,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            **({} if self.limit is None else {"limit": self.limit}),
+            "datasets": {name: source.to_document() for name, source in self.datasets.items()},
+        }
+
+
+Recipe = AdaptiveRecipe | ProbeRecipe
 
 
 class _Section:
@@ -175,6 +223,46 @@ def _read_adaptive(section: _Section, folder: Path) -> AdaptiveRecipe:
     )
     section.finish()
     return recipe
+
+
+def _read_probe(section: _Section, folder: Path) -> ProbeRecipe:
+    recipe = ProbeRecipe(
+        model=section.take("model", _text),
+        dtype=section.take("dtype", _one_of(("fp32", "fp16", "bf16")), default="fp32"),
+        interventions=section.take("interventions", _list_of(_one_of(INTERVENTIONS)), default=INTERVENTIONS),
+        scopes=section.take("scopes", _list_of(_one_of(SCOPES)), default=SCOPES),
+        margin=section.take("margin", _number(0), default=0.01),
+        batch_size=section.take("batch_size", _integer(1), default=8),
+        seed=section.take("seed", _integer(None), default=0),
+        limit=section.take_optional("limit", _integer(1)),
+        datasets=section.take("datasets", _map_of(lambda value, place: _read_probe_source(value, place, folder))),
+    )
+    section.finish()
+    if not 0 < recipe.margin < 1:
+        raise RecipeError(f"{section.place}: margin is {recipe.margin:g}, outside of (0, 1)")
+    return recipe
+
+
+def _read_probe_source(value: Any, place: str, folder: Path) -> ProbeSource:
+    section = _Section(value, place)
+    max_new_tokens = section.take("max_new_tokens", _integer(1), default=64)
+    task = section.take_optional("task", _text)
+    if task is not None:
+        section.finish()
+        return ProbeSource(max_new_tokens, task)
+    layout = section.take("layout", _one_of(("rows", *TEXT_LAYOUTS)), default="rows")
+    file = section.take_optional("file", _text)
+    source: HubData | Path
+    if file is not None or layout == "rows":
+        source = (folder / section.take("file", _text)).absolute()
+    else:
+        source = HubData(
+            path=section.take("hub", _text),
+            split=section.take("split", _text),
+            config=section.take_optional("config", _text),
+        )
+    section.finish()
+    return ProbeSource(max_new_tokens, None, layout, source)
 
 
 def _read_source(value: Any, place: str, folder: Path) -> DataSource:
@@ -289,4 +377,7 @@ def _map_of(read_one: Callable[[Any, str], Value]) -> Callable[[Any, str], dict[
     return read
 
 
-_READERS: dict[str, Callable[[_Section, Path], Recipe]] = {"adaptive-evaluation": _read_adaptive}
+_READERS: dict[str, Callable[[_Section, Path], Recipe]] = {
+    "adaptive-evaluation": _read_adaptive,
+    "probe": _read_probe,
+}

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from voidprune import artifacts
-from voidprune.errors import ArtifactError, DatasetError, ModelError
+from voidprune.errors import ArtifactError, BudgetError, DatasetError, ModelError
 from voidprune.journal import Journal
 from voidprune.pipeline.adaptive import Subject, open_subject
 from voidprune.pipeline.probe import ProbeSettings, _Items, is_answered, probe_model, read_harmless_depths
 from voidprune.pipeline.progress import untracked
 from voidprune.pipeline.tasks import find_rows, task_rows
+from voidprune.planning.planner import probed_schedule
 from voidprune.profiling.calibration import Row
 from voidprune.profiling.probing import Intervention, Scope
+from voidprune.schedule import LayerAction, ModelIdentity, full_schedule
 
 SMALL = ProbeSettings(
     interventions=(Intervention.FREEZE, Intervention.SKIP_ATTENTION), depths=(2, 8, 11), margin=0.5, max_new_tokens=32
@@ -178,3 +182,19 @@ def test_harmless_depths_are_read_back(document: artifacts.Document, tmp_path: P
     path.write_text(json.dumps(document))
     with pytest.raises(ArtifactError, match="12 is no layer"):
         read_harmless_depths(path)
+
+
+@given(freeze=st.none() | st.integers(0, 7), skip_attention=st.none() | st.integers(0, 7), num_layers=st.integers(8, 9))
+def test_a_probe_becomes_a_schedule(freeze: int | None, skip_attention: int | None, num_layers: int) -> None:
+    full = full_schedule(ModelIdentity("tiny", "llama", num_layers, "sha256:abc"))
+    if freeze is None and skip_attention is None:
+        with pytest.raises(BudgetError, match="neither intervention"):
+            probed_schedule(full, freeze=None, skip_attention=None)
+        return
+    schedule = probed_schedule(full, freeze=freeze, skip_attention=skip_attention)
+    for layer, (prefill, decode) in enumerate(zip(schedule.prefill, schedule.decode, strict=True)):
+        is_frozen = freeze is not None and layer >= max(1, freeze)
+        is_silent = skip_attention is not None and layer >= skip_attention
+        assert decode is (LayerAction.SKIP_ATTENTION if is_silent else LayerAction.FULL)
+        assert prefill.executes != is_frozen
+        assert prefill.writes_kv != is_silent

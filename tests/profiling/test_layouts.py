@@ -16,6 +16,7 @@ from voidprune.profiling.layouts import (
     HubData,
     fetch_questions,
     find_label,
+    find_text_rows,
     option_labels,
     question_rows,
     read_questions,
@@ -198,3 +199,24 @@ def test_what_the_hub_cannot_give_is_named(tmp_path: Path) -> None:
         fetch_questions(HubData(str(tmp_path / "data"), "nosuch"), LAYOUTS["mmlu"])
     with pytest.raises(DatasetError, match="cannot fetch the data set"):
         fetch_questions(HubData("cais/mmlu", "test", "all"), LAYOUTS["mmlu"])
+
+
+def test_text_records_become_rows(tmp_path: Path) -> None:
+    (tmp_path / "squad.jsonl").write_text(
+        json.dumps({"context": "Ann likes tea. ", "question": "What does Ann like?", "answers": {"text": ["tea", "a"]}})
+    )
+    (row,) = find_text_rows(tmp_path / "squad.jsonl", "squad")
+    assert row.messages[0]["content"] == "Ann likes tea.\n\nQuestion: What does Ann like?\nAnswer:"
+    assert (row.answer, row.response, row.group) == ("tea", None, "squad")
+    records = [{"article": f"Long {number}.", "highlights": "Short."} for number in range(3)]
+    (tmp_path / "news.json").write_text(json.dumps(records))
+    rows = find_text_rows(tmp_path / "news.json", "cnn_dailymail", limit=2)
+    assert [(row.messages[0]["content"], row.response) for row in rows] == [
+        ("Long 0.\n\nSummary:", "Short."),
+        ("Long 1.\n\nSummary:", "Short."),
+    ]
+    for content in ("[3]", "[]", '[{"article": "x"}]'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(DatasetError) as caught:
+            find_text_rows(tmp_path / "bad.json", "cnn_dailymail")
+        assert caught.value.hint == "a record of cnn_dailymail has article, highlights"

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="PROFILE|MODEL")
 @output_option("Schedule", required=False)
 @click.option("--profile", "profile_file", type=click.Path(path_type=Path), help="With a MODEL: its profile.")
+@click.option(
+    "--from-probe",
+    type=click.Path(path_type=Path),
+    help="What a probe showed to be harmless: from the depth of freeze up K/V only in prefill, from that of skip-attention up no "
+    "attention in either phase; both at once, which no probe measures: check it with voidprune eval.",
+)
 @budget_options
 @trial_options
 @seed_option
@@ -40,6 +46,7 @@ def plan(
     source: str,
     output: Path | None,
     profile_file: Path | None,
+    from_probe: Path | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -52,18 +59,20 @@ def plan(
       voidprune plan profile.json -o schedule.json --keep 0.5 --criterion block-influence
       voidprune plan MODEL -o schedule.json --goal fast-prompt --dataset prompts.jsonl
       voidprune plan MODEL -o schedule.json --max-decode-bytes 700MB --criterion search-loss
+      voidprune plan MODEL -o schedule.json --from-probe probe.json
     """
     from voidprune import artifacts
     from voidprune.models.sizes import measure_sizes
     from voidprune.pipeline.models import open_model
     from voidprune.pipeline.plan import plan_from_model, plan_from_profile
+    from voidprune.pipeline.probe import read_harmless_depths
     from voidprune.profiling.profile import read_profile
     from voidprune.schedule import write_schedule
 
     target = output_target(output, dry_run=dry_run)
     if target is not None:
         artifacts.check_output_file(target, overwrite=overwrite)
-    request = plan_request(**options)
+    request = plan_request(**options, probe=None if from_probe is None else read_harmless_depths(from_probe))
     if Path(source).is_file():
         if profile_file is not None:
             raise click.UsageError("--profile goes with a MODEL; a profile is given already")

@@ -13,7 +13,7 @@ from voidprune.cli.options import output_option, overwrite_option, quiet_option
 from voidprune.cli.output import print_tables, progress_bars
 
 if TYPE_CHECKING:
-    from voidprune.recipe import AdaptiveRecipe
+    from voidprune.recipe import Recipe
 
 
 @click.command()
@@ -58,8 +58,8 @@ def run(
     if not all(map(math.isfinite, alphas)):
         raise click.UsageError("--alpha is not a number")
     from voidprune.pipeline.recipes import run_recipe
-    from voidprune.recipe import read_recipe
-    from voidprune.tables import adaptive_tables
+    from voidprune.recipe import AdaptiveRecipe, read_recipe
+    from voidprune.tables import adaptive_tables, probe_tables
 
     recipe = _with_files(read_recipe(recipe_file), data)
     recipe = replace(
@@ -67,17 +67,22 @@ def run(
         model=model or recipe.model,
         dtype=dtype or recipe.dtype,
         limit=limit or recipe.limit,
-        alphas=tuple(dict.fromkeys(alphas)) or recipe.alphas,
         batch_size=batch_size or recipe.batch_size,
     )
+    if isinstance(recipe, AdaptiveRecipe):
+        recipe, tables = replace(recipe, alphas=tuple(dict.fromkeys(alphas)) or recipe.alphas), adaptive_tables
+    else:
+        if alphas:
+            raise click.UsageError("--alpha is LAC's, and this recipe is of another kind")
+        tables = probe_tables
     for finished in run_recipe(recipe, output, overwrite=overwrite, track=progress_bars(quiet)):
-        print_tables(*adaptive_tables(finished.document))
+        print_tables(*tables(finished.document))
         click.echo(f"{'kept' if finished.was_there else 'wrote'} {finished.file}")
 
 
-def _with_files(recipe: AdaptiveRecipe, data: tuple[str, ...]) -> AdaptiveRecipe:
-    """With local files: the data sets that have one, in the order of the recipe."""
-    from voidprune.recipe import DataSource
+def _with_files(recipe: Recipe, data: tuple[str, ...]) -> Recipe:
+    """With local files: the data sets that have one, in the order of the recipe; a task becomes a file of rows."""
+    from voidprune.recipe import AdaptiveRecipe, DataSource
 
     if not data:
         return recipe
@@ -87,5 +92,12 @@ def _with_files(recipe: AdaptiveRecipe, data: tuple[str, ...]) -> AdaptiveRecipe
         if not sign or not file or name not in recipe.datasets:
             raise click.UsageError(f"--data {entry}: give NAME=FILE with one of {', '.join(recipe.datasets)}")
         files[name] = Path(file).absolute()
+    if not isinstance(recipe, AdaptiveRecipe):
+        named = {
+            name: replace(source, task=None, source=files[name])
+            for name, source in recipe.datasets.items()
+            if name in files
+        }
+        return replace(recipe, datasets=named)
     chosen = {name: DataSource(source.layout, files[name]) for name, source in recipe.datasets.items() if name in files}
     return replace(recipe, datasets=chosen)

@@ -11,13 +11,14 @@ from voidprune.journal import Journal
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.sizes import ModelSizes
 from voidprune.pipeline.planning import FreePart, find_free_schedule, propose_schedules, search_budget
+from voidprune.pipeline.probe import HarmlessDepths
 from voidprune.pipeline.profile import profile_model
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.pipeline.tasks import find_rows
 from voidprune.pipeline.trials import Trials, open_trials
 from voidprune.planning.budgets import Budget
 from voidprune.planning.criteria import find_criterion
-from voidprune.planning.planner import explicit_schedule, plan_schedule
+from voidprune.planning.planner import explicit_schedule, plan_schedule, probed_schedule
 from voidprune.planning.search import SEARCHES
 from voidprune.profiling.calibration import Row, default_rows
 from voidprune.profiling.profile import Profile
@@ -60,7 +61,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """How layers are to be chosen. Exactly one way: layers by name, a goal, or a criterion within a budget.
+    """How layers are to be chosen. Exactly one way: layers by name, a probe, a goal, or a criterion within a budget.
 
     `criterion` None is "lac" where there is a profile, else "auto". Raises BudgetError where ways are mixed.
     """
@@ -76,8 +77,18 @@ class PlanRequest:
     search_evaluations: int | None = None
     seed: int = 0
     calibrated: Calibrated = Calibrated()
+    probe: HarmlessDepths | None = None
 
     def __post_init__(self) -> None:
+        if self.probe is not None and (
+            self.is_free or self.budget != Budget() or self.criterion is not None or self.keep_layers is not None
+        ):
+            raise BudgetError(
+                "a probe says by itself what may go, and where",
+                hint="leave out --keep, limits, layers, --criterion and --goal, or --from-probe",
+            )
+        if self.probe is not None and self.boundary is not Boundary.DECODE:
+            raise BudgetError("a probe leaves the last prompt token alone", hint="leave out --boundary prefill")
         said = self.budget.is_limited or self.budget.shared or self.criterion is not None
         if self.is_free and (said or self.keep_layers is not None):
             raise BudgetError(
@@ -102,8 +113,10 @@ class PlanRequest:
     @property
     def is_explicit(self) -> bool:
         """Whether the layers are named one by one, so that nothing is left to choose."""
-        return self.keep_layers is not None or (
-            self.drop_layers is not None and self.criterion is None and not self._limits_more
+        return (
+            self.probe is not None
+            or self.keep_layers is not None
+            or (self.drop_layers is not None and self.criterion is None and not self._limits_more)
         )
 
     @property
@@ -233,6 +246,13 @@ def _search(
 
 def _plan_ranked(request: PlanRequest, model: ModelIdentity, profile: Profile | None, sizes: ModelSizes) -> Schedule:
     full = replace(full_schedule(model, boundary=request.boundary), single_turn=request.single_turn)
+    if request.probe is not None:
+        if request.probe.model.fingerprint != model.fingerprint:
+            raise BudgetError(
+                f"the probe is of {request.probe.model.name}, not of {model.name}", hint="probe the model itself"
+            )
+        schedule = probed_schedule(full, freeze=request.probe.freeze, skip_attention=request.probe.skip_attention)
+        return replace(schedule, origin={**schedule.origin, "margin": request.probe.margin})
     if request.is_explicit:
         return explicit_schedule(full, keep=request.keep_layers, drop=request.drop_layers)
     return plan_schedule(

@@ -20,7 +20,7 @@ from voidprune.planning.search import (
     search_schedule,
 )
 from voidprune.profiling.profile import Profile
-from voidprune.quality.noninferiority import MIN_SAMPLES, Comparison, compare_items, num_items_needed
+from voidprune.quality.noninferiority import MIN_SAMPLES, Comparison, compare_items, num_items_needed, perplexity_loss
 from voidprune.schedule import Phase, Scalar, Schedule
 
 SUSPECT, HOPELESS = 1, 10

@@ -137,7 +137,10 @@ def probe_model(
                         journal.record(step, marks)
                     curves.setdefault((intervention, scope), {})[depth] = _Marks(**marks)
                     advance(len(samples))
-        document = _document(subject, items, curves, dataset=dataset, settings=settings)
+        document = {
+            **_document(subject, items, curves, dataset=dataset, settings=settings),
+            "samples": fingerprint_samples(samples),
+        }
         if output is not None:
             artifacts.write_file(output, artifacts.canonical_bytes(document), overwrite=overwrite)
             journal.remove()
@@ -294,8 +297,8 @@ class _Items:
 
 
 def is_answered(response: str, answer: str, *, group: str) -> bool:
-    """Whether a response gives an answer. Of capitals, whether its first line names it: what follows "is" is free text."""
-    if group != "capitals":
+    """Whether a response gives an answer. Of capitals and SQuAD, whether its first line names it: the answer is free text."""
+    if group not in ("capitals", "squad"):
         return answer_of(response) == answer
     first = (response.strip().splitlines() or [""])[0]
     return re.search(rf"\b{re.escape(_plain(answer))}\b", _plain(first)) is not None
@@ -347,7 +350,6 @@ def _document(
         "schema": artifacts.schema_key(KIND, VERSION),
         "model": identity.to_document(),
         "dataset": dataset,
-        "samples": fingerprint_samples(items.samples),
         "settings": {
             "interventions": [str(one) for one in settings.interventions],
             "scopes": [str(one) for one in settings.scopes],

@@ -10,18 +10,23 @@ from pathlib import Path
 from voidprune import artifacts
 from voidprune.errors import ArtifactError, OutputError
 from voidprune.pipeline.adaptive import KIND, AdaptiveSettings, Mode, Subject, evaluate_adaptively, open_subject
+from voidprune.pipeline.probe import KIND as PROBE_KIND
+from voidprune.pipeline.probe import ProbeSettings, probe_model
 from voidprune.pipeline.progress import Track, untracked
-from voidprune.profiling.calibration import Row, fingerprint_samples
+from voidprune.pipeline.tasks import find_rows
+from voidprune.profiling.calibration import Row, fingerprint_samples, read_rows
 from voidprune.profiling.layouts import (
     LAYOUTS,
     Question,
     fetch_questions,
     find_label,
+    find_text_rows,
     option_labels,
     question_rows,
     read_questions,
 )
-from voidprune.recipe import AdaptiveRecipe, DataSource, Setup
+from voidprune.profiling.probing import Intervention, Scope
+from voidprune.recipe import AdaptiveRecipe, DataSource, ProbeRecipe, ProbeSource, Recipe, Setup
 
 MARKER = "recipe.json"
 
@@ -36,7 +41,7 @@ class Finished:
 
 
 def run_recipe(
-    recipe: AdaptiveRecipe, folder: Path, *, overwrite: bool = False, track: Track = untracked
+    recipe: Recipe, folder: Path, *, overwrite: bool = False, track: Track = untracked
 ) -> Iterator[Finished]:
     """Run every data set under every set-up; each result is written to `folder` as soon as it is there.
 
@@ -44,6 +49,9 @@ def run_recipe(
     same items of the same model is kept. Raises OutputError where the folder holds anything else and `overwrite` is not given.
     """
     prepare_folder(recipe, folder, overwrite=overwrite)
+    if isinstance(recipe, ProbeRecipe):
+        yield from _run_probes(recipe, folder, track)
+        return
     questions = {name: find_questions(source, limit=recipe.limit) for name, source in recipe.datasets.items()}
     subject = open_subject(recipe.model, dtype=recipe.dtype)
     for name, source in recipe.datasets.items():
@@ -54,7 +62,44 @@ def run_recipe(
             )
 
 
-def prepare_folder(recipe: AdaptiveRecipe, folder: Path, *, overwrite: bool) -> None:
+def _run_probes(recipe: ProbeRecipe, folder: Path, track: Track) -> Iterator[Finished]:
+    rows = {name: find_probe_rows(source, limit=recipe.limit) for name, source in recipe.datasets.items()}
+    subject = open_subject(recipe.model, dtype=recipe.dtype)
+    for name, source in recipe.datasets.items():
+        file = folder / f"{name}.json"
+        if file.is_file():
+            document = artifacts.read_document(file, kind=PROBE_KIND, version=1)
+            samples = fingerprint_samples(subject.encode(rows[name], max_new_tokens=source.max_new_tokens))
+            same = (subject.checkpoint.identity.to_document(), samples)
+            if same == (document.get("model"), document.get("samples")):
+                yield Finished(file, document, was_there=True)
+                continue
+        settings = ProbeSettings(
+            interventions=tuple(map(Intervention, recipe.interventions)),
+            scopes=tuple(map(Scope, recipe.scopes)),
+            margin=recipe.margin,
+            max_new_tokens=source.max_new_tokens,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+        )
+        document = probe_model(
+            subject, rows[name], dataset=name, settings=settings, output=file, overwrite=file.exists(), track=track
+        )
+        yield Finished(file, document, was_there=False)
+
+
+def find_probe_rows(data: ProbeSource, *, limit: int | None) -> list[Row]:
+    """Raises DatasetError."""
+    if data.task is not None:
+        return find_rows(data.task, num_items=limit)
+    assert data.source is not None
+    if data.layout == "rows":
+        assert isinstance(data.source, Path)
+        return read_rows(data.source)[:limit]
+    return find_text_rows(data.source, data.layout, limit=limit)
+
+
+def prepare_folder(recipe: Recipe, folder: Path, *, overwrite: bool) -> None:
     """Claim a folder for a recipe, or find that it is claimed by the same. With `overwrite` the results of another one go."""
     marker, content = folder / MARKER, artifacts.canonical_bytes(recipe.to_document())
     if marker.is_file() and marker.read_bytes() == content:
@@ -65,9 +110,10 @@ def prepare_folder(recipe: AdaptiveRecipe, folder: Path, *, overwrite: bool) -> 
         )
     artifacts.check_output_folder(folder, overwrite=overwrite, marker=MARKER)
     for file in folder.glob("*.json"):
-        with contextlib.suppress(ArtifactError):  # not ours to remove
-            artifacts.read_document(file, kind=KIND, version=1)
-            file.unlink()
+        for kind in (KIND, PROBE_KIND):
+            with contextlib.suppress(ArtifactError, FileNotFoundError):  # not ours to remove, or removed
+                artifacts.read_document(file, kind=kind, version=1)
+                file.unlink()
     artifacts.write_file(marker, content, overwrite=overwrite)
 
 

@@ -80,6 +80,31 @@ def explicit_schedule(
     return replace(full, prefill=actions, decode=actions, origin={"criterion": "explicit"})
 
 
+def probed_schedule(full: Schedule, *, freeze: int | None, skip_attention: int | None) -> Schedule:
+    """The schedule of two interventions at once: from layer `freeze` up prompt tokens get K/V of the frozen stream only, from layer
+    `skip_attention` up nothing attends in either phase. Above both a prompt needs nothing at all: no one attends to its K/V.
+
+    Layer 0 stays whole in prefill: a schedule executes one layer. Raises BudgetError where both are None.
+    """
+    if freeze is None and skip_attention is None:
+        raise BudgetError(
+            "the probe shows neither intervention to be harmless at any depth",
+            hint="probe more items, or with a larger --margin; freeze in the scope prompt, skip-attention in any",
+        )
+    num_layers = full.num_layers
+    frozen = num_layers if freeze is None else max(1, freeze)
+    silent = num_layers if skip_attention is None else skip_attention
+    prefill, decode = list(full.prefill), list(full.decode)
+    for layer in range(num_layers):
+        if layer >= silent:
+            decode[layer] = LayerAction.SKIP_ATTENTION
+            prefill[layer] = LayerAction.SKIP if layer >= frozen else LayerAction.SKIP_ATTENTION
+        elif layer >= frozen:
+            prefill[layer] = LayerAction.KV_ONLY
+    origin: dict[str, Scalar] = {"criterion": "probe", "freeze": freeze, "skip_attention": skip_attention}
+    return replace(full, prefill=tuple(prefill), decode=tuple(decode), origin=origin)
+
+
 def phase_statistics(
     model: ModelIdentity, profile: Profile | None, criterion: Criterion, *, shared: bool
 ) -> dict[Phase, LayerStatistics]:

@@ -93,6 +93,50 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+def _squad_row(record: Record, place: str) -> Row:
+    """A record of `rajpurkar/squad`; the first of its answers counts."""
+    answers = record.get("answers")
+    texts = answers.get("text") if isinstance(answers, Mapping) else None
+    if not isinstance(texts, list) or not texts:
+        raise DatasetError(f"{place}: answers has no list of texts")
+    passage, question = (_text(record.get(name), name, place).strip() for name in ("context", "question"))
+    asked = f"{passage}\n\nQuestion: {question}\nAnswer:"
+    return Row(
+        place, ({"role": "user", "content": asked},), answer=_text(texts[0], "answer", place).strip(), group="squad"
+    )
+
+
+def _summary_row(record: Record, place: str) -> Row:
+    """A record of `abisee/cnn_dailymail`: the article is the prompt, its highlights are the response."""
+    article, highlights = (_text(record.get(name), name, place).strip() for name in ("article", "highlights"))
+    asked = f"{article}\n\nSummary:"
+    return Row(place, ({"role": "user", "content": asked},), response=highlights, group="cnn_dailymail")
+
+
+TEXT_LAYOUTS: dict[str, tuple[str, Callable[[Record, str], Row]]] = {
+    "squad": ("context, question, answers (text: a list)", _squad_row),
+    "cnn_dailymail": ("article, highlights", _summary_row),
+}
+"""Layouts whose answers are free text: the fields of a record, and the row of one."""
+
+
+def find_text_rows(source: HubData | Path, layout: str, *, limit: int | None = None) -> list[Row]:
+    """The first rows of a file or of a split on the Hub. Raises DatasetError."""
+    fields, parse = TEXT_LAYOUTS[layout]
+    placed = _read_placed(source, limit) if isinstance(source, Path) else _fetch_placed(source, limit)
+    rows = []
+    for where, record in placed[:limit]:
+        if not isinstance(record, Mapping):
+            raise DatasetError(f"{where} is not a JSON object", hint=f"a record of {layout} has {fields}")
+        try:
+            rows.append(parse(record, where))
+        except DatasetError as error:
+            raise DatasetError(error.message, hint=f"a record of {layout} has {fields}") from error
+    if not rows:
+        raise DatasetError("the data set holds no records", hint=f"a record of {layout} has {fields}")
+    return rows
+
+
 def _text(value: Any, name: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip() or value != value.encode("utf-8", "ignore").decode("utf-8"):
         raise DatasetError(f"{place}: {name} is not a text, or empty")
@@ -154,6 +198,11 @@ def find_label(response: str, labels: Sequence[str]) -> str | None:
 
 def read_questions(path: Path, layout: Layout, *, limit: int | None = None) -> list[Question]:
     """The first records of a file. Raises DatasetError naming the line or record."""
+    return _parse_records(_read_placed(path, limit), layout, limit, place=str(path))
+
+
+def _read_placed(path: Path, limit: int | None) -> list[tuple[str, Any]]:
+    """The first records of a file, and where each is."""
     if path.suffix.lower() in (".parquet", ".csv", ".gz"):
         raise DatasetError(f"{path} is neither JSONL nor JSON", hint="write its records as JSON, one a line")
     try:
@@ -164,16 +213,17 @@ def read_questions(path: Path, layout: Layout, *, limit: int | None = None) -> l
         raise DatasetError(f"cannot read {path}: {error.strerror}") from error
     if content.lstrip().startswith("["):
         records = _parse_json(content, str(path))
-        return _parse_records(
-            [(f"{path}, record {number}", record) for number, record in enumerate(records, 1)], layout, limit
-        )
+        return [(f"{path}, record {number}", record) for number, record in enumerate(records, 1)]
     lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()][:limit]
-    placed = [(f"{path}, line {number}", _parse_json(line, f"{path}, line {number}")) for number, line in lines]
-    return _parse_records(placed, layout, limit, place=str(path))
+    return [(f"{path}, line {number}", _parse_json(line, f"{path}, line {number}")) for number, line in lines]
 
 
 def fetch_questions(data: HubData, layout: Layout, *, limit: int | None = None) -> list[Question]:
     """The first records of a split on the Hub, through the `datasets` library. Raises DatasetError."""
+    return _parse_records(_fetch_placed(data, limit), layout, limit, place=data.path)
+
+
+def _fetch_placed(data: HubData, limit: int | None) -> list[tuple[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -191,8 +241,7 @@ def fetch_questions(data: HubData, layout: Layout, *, limit: int | None = None) 
             "or give its records as a file: --data NAME=FILE",
         ) from error
     chosen = split if limit is None else split.select(range(min(limit, len(split))))
-    placed = [(f"{data.path} {data.split}, record {number}", record) for number, record in enumerate(chosen, start=1)]
-    return _parse_records(placed, layout, limit, place=data.path)
+    return [(f"{data.path} {data.split}, record {number}", record) for number, record in enumerate(chosen, start=1)]
 
 
 def _parse_json(text: str, place: str) -> Any:
