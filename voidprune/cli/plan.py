@@ -20,6 +20,7 @@ from voidprune.cli.options import (
     trial_options,
 )
 from voidprune.cli.output import print_tables, progress_bars
+from voidprune.planning.search import GOALS
 
 if TYPE_CHECKING:
     from voidprune.pipeline.plan import Planned
@@ -119,3 +120,5 @@ def print_plan(planned: Planned, *, as_json: bool) -> None:
         *([cuts_table(cuts)] if cuts else []),
         *([free_part_table(free)] if free is not None else []),
     )
+    if free is not None:
+        click.echo(f"what to expect: {GOALS[str(schedule.origin['goal'])].expect}")
