@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.pipeline.test_trials import demo_from, demo_trials
@@ -13,6 +14,7 @@ from voidprune.pipeline.tasks import task_rows
 from voidprune.pipeline.trials import Trials
 from voidprune.planning.budgets import Budget
 from voidprune.planning.criteria import CRITERIA
+from voidprune.planning.search import drop_unread
 from voidprune.profiling.calibration import Row
 from voidprune.schedule import Phase
 
@@ -50,6 +52,12 @@ def test_what_is_free_holds_and_is_smaller(trials: Trials, goal: str) -> None:
     assert grades.right is not None
     assert whole.right is not None
     assert whole.right.sum() - grades.right.sum() <= 2
+
+
+def test_dropping_what_nothing_reads_changes_no_likelihood(trials: Trials) -> None:
+    slim = drop_unread(trials.whole)
+    assert slim.num_executed(Phase.PREFILL) == 11
+    np.testing.assert_allclose(trials.judge.measure(slim).nll, trials.judge.measure(trials.whole).nll, atol=1e-6)
 
 
 def test_a_model_whose_layers_are_all_protected_stays_whole(trials: Trials) -> None:

@@ -21,12 +21,13 @@ from voidprune.planning.search import (
     Move,
     Search,
     apply_move,
+    drop_unread,
     estimate_evaluations,
     search_schedule,
     wanted,
     whole_schedule,
 )
-from voidprune.schedule import LayerAction, ModelIdentity, Phase, Schedule, dropped_schedule, full_schedule
+from voidprune.schedule import Boundary, LayerAction, ModelIdentity, Phase, Schedule, dropped_schedule, full_schedule
 
 NUM_LAYERS = 6
 MODEL = ModelIdentity("tiny", "llama", NUM_LAYERS, "sha256:abc")
@@ -313,3 +314,16 @@ def test_the_estimate_is_what_greedy_steps_measure_at_most() -> None:
         assert estimate is not None
         assert search.num_evaluations <= estimate + 3
     assert estimate_evaluations(Budget(max_bytes=100), NUM_LAYERS) > NUM_LAYERS
+
+
+def test_what_nothing_reads_is_dropped() -> None:
+    assert drop_unread(WHOLE).prefill == (*WHOLE.prefill[:-1], LayerAction.KV_ONLY)
+    assert drop_unread(WHOLE).decode == WHOLE.decode
+    kept = frozenset({NUM_LAYERS - 1})
+    assert drop_unread(WHOLE, protected=kept) == WHOLE
+    at_prefill = replace(WHOLE, boundary=Boundary.PREFILL)
+    assert drop_unread(at_prefill) == at_prefill
+    one = apply_move(WHOLE, Move(0, BOTH, LayerAction.FULL))
+    for layer in range(1, NUM_LAYERS):
+        one = apply_move(one, Move(layer, BOTH, LayerAction.SKIP))
+    assert drop_unread(one) == one, "prefill has to run something"

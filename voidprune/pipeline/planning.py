@@ -16,6 +16,7 @@ from voidprune.planning.search import (
     BOTH,
     Search,
     Step,
+    drop_unread,
     estimate_evaluations,
     search_schedule,
 )
@@ -176,7 +177,7 @@ class _FreeRun:
                     continue  # without a look at the answers, which takes longer
                 comparison = self.compare(step.schedule)
                 if comparison.holds:
-                    return step.schedule, comparison
+                    return drop_unread(step.schedule, protected=self.protected), comparison
         return start, self.compare(start)
 
     def compare(self, schedule: Schedule) -> Comparison:

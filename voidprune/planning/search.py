@@ -15,7 +15,7 @@ from typing import Protocol
 from voidprune.errors import BudgetError
 from voidprune.models.sizes import ModelSizes
 from voidprune.planning.budgets import Budget
-from voidprune.schedule import Actions, LayerAction, Phase, Schedule, full_schedule, satisfy_kv_contract
+from voidprune.schedule import Actions, Boundary, LayerAction, Phase, Schedule, full_schedule, satisfy_kv_contract
 
 BOTH = (Phase.PREFILL, Phase.DECODE)
 NUM_MEASURED = 6
@@ -284,6 +284,21 @@ def apply_move(schedule: Schedule, move: Move) -> Schedule:
     for phase in move.phases:
         actions[phase][move.layer] = move.action
     return _contracted(schedule, actions[Phase.PREFILL], actions[Phase.DECODE])
+
+
+def drop_unread(schedule: Schedule, *, protected: frozenset[int] = frozenset()) -> Schedule:
+    """The schedule without what nothing reads: with the boundary "decode", what prefill computes behind its last K/V.
+
+    Every logit stays as it is. At least one layer is left to run.
+    """
+    if schedule.boundary is not Boundary.DECODE:
+        return schedule
+    final = max((layer for layer, action in enumerate(schedule.prefill) if action.writes_kv), default=-1)
+    for layer in range(max(final, 0), schedule.num_layers):
+        move = Move(layer, (Phase.PREFILL,), LayerAction.SKIP)
+        if layer not in protected and _is_cut(schedule, move) and _runs_somewhere(schedule, move):
+            schedule = apply_move(schedule, move)
+    return schedule
 
 
 def whole_schedule(like: Schedule) -> Schedule:
