@@ -124,12 +124,12 @@ def test_each_action_is_what_weights_of_zero_are(family_model: TinyModel, action
     assert len(silenced) >= (not action.attends) + (not action.runs_mlp)
     kept = [parameter.detach().clone() for parameter in silenced]
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             for parameter in silenced:
                 parameter.zero_()
         expected = stock(family_model.model, tokens_BT)
     finally:
-        with torch.no_grad():
+        with torch.inference_mode():
             for parameter, value in zip(silenced, kept, strict=True):
                 parameter.copy_(value)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
