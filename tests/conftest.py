@@ -10,12 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.tiny_models import GRAPH_SHAPES, SHAPES, TinyModel, build_model
+from tests.tiny_models import CORE_SHAPES, GRAPH_SHAPES, SHAPES, TinyModel, build_model
 from voidprune.execution.manifest import Manifest, Parity
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
@@ -53,7 +54,10 @@ class Bundle:
         return self.manifest.parity
 
 
-MakeBundle = Callable[[TinyModel, Schedule], Bundle]
+class MakeBundle(Protocol):
+    def __call__(self, source: TinyModel, schedule: Schedule, *, operators: str = "ort") -> Bundle: ...
+
+
 GetModel = Callable[[str], TinyModel]
 
 
@@ -87,8 +91,14 @@ def get_model(tmp_path_factory: pytest.TempPathFactory) -> GetModel:
     return get
 
 
-@pytest.fixture(scope="session", params=sorted(GRAPH_SHAPES))
+@pytest.fixture(scope="session", params=sorted(CORE_SHAPES))
 def tiny_model(request: pytest.FixtureRequest, get_model: GetModel) -> TinyModel:
+    """Every shape of the families that differ least, in turn: for what does not depend on the family."""
+    return get_model(request.param)
+
+
+@pytest.fixture(scope="session", params=sorted(GRAPH_SHAPES))
+def graph_model(request: pytest.FixtureRequest, get_model: GetModel) -> TinyModel:
     """Every shape of every family of which graphs are authored, in turn."""
     return get_model(request.param)
 
@@ -107,16 +117,24 @@ def llama(get_model: GetModel) -> TinyModel:
 @pytest.fixture(scope="session")
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
     """The verified bundle of a model under a schedule, made once. Read only."""
-    made: dict[tuple[Path, tuple[LayerAction, ...], tuple[LayerAction, ...], str, bool], Bundle] = {}
+    made: dict[tuple[Path, tuple[LayerAction, ...], tuple[LayerAction, ...], str, bool, str], Bundle] = {}
 
-    def make(source: TinyModel, schedule: Schedule) -> Bundle:
-        key = (source.folder, schedule.prefill, schedule.decode, str(schedule.boundary), schedule.single_turn)
+    def make(source: TinyModel, schedule: Schedule, *, operators: str = "ort") -> Bundle:
+        key = (
+            source.folder,
+            schedule.prefill,
+            schedule.decode,
+            str(schedule.boundary),
+            schedule.single_turn,
+            operators,
+        )
         if key not in made:
             folder = tmp_path_factory.mktemp("bundles") / source.name
             manifest = export_bundle(
                 source.checkpoint,
                 schedule,
                 folder,
+                operators=operators,
                 verify=lambda stage: check_bundle(stage, source=source.model, schedule=schedule),
             )
             made[key] = Bundle(source, schedule, folder, manifest, BundleSession(folder))

@@ -509,15 +509,15 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
 def test_a_family_without_graphs_is_exported_as_a_checkpoint(tmp_path: Path) -> None:
     from tests.tiny_models import build_model
 
-    source = build_model("olmo2", tmp_path / "model")
+    source = build_model("mixtral", tmp_path / "model")
     write_schedule(tmp_path / "schedule.json", full_schedule(source.identity))
     arguments = ["export", source.folder, "--schedule", tmp_path / "schedule.json", "--provider", "cpu"]
     result = invoke(*arguments, "-o", tmp_path / "slim")
     assert result.exit_code == 0
-    assert "only a slim checkpoint is written (--format hf): no ONNX graphs are made of olmo2 models" in result.stderr
+    assert "only a slim checkpoint is written (--format hf): no ONNX graphs are made of mixtral models" in result.stderr
     assert not list((tmp_path / "slim").glob("*.onnx"))
     asked = expect_error(
-        *arguments, "-o", tmp_path / "graphs", "--format", "onnx", message="no ONNX graphs are made of olmo2"
+        *arguments, "-o", tmp_path / "graphs", "--format", "onnx", message="no ONNX graphs are made of mixtral"
     )
     assert "--format hf" in asked.stderr
     assert not (tmp_path / "graphs").exists()

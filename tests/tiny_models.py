@@ -133,6 +133,45 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "llama-rope-yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 40,
+            }
+        },
+    ),
+    "qwen3-fused-rope": ("qwen3", {**LITTLE, "head_dim": 16, "attention_bias": True}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            **LITTLE,
+            "original_max_position_embeddings": 11,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "short_factor": [1.0, 1.2, 1.5, 2.0],
+                "long_factor": [1.0, 2.0, 5.0, 9.0],
+                "original_max_position_embeddings": 11,
+            },
+        },
+    ),
+    "phi3-partly-rotated-fused": (
+        "phi3",
+        {
+            **LITTLE,
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "glm4-fused-rope": ("glm4", {**LITTLE, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "cohere-plain-heads": ("cohere", {**LITTLE, "logit_scale": 1.0, "attention_bias": True}),
+    "gemma3_text-capped": ("gemma3_text", {**LITTLE, "head_dim": 16, "final_logit_softcapping": 3.0}),
     "mistral-window": ("mistral", {"sliding_window": 5, "hidden_size": 32, "head_dim": 8}),
     "mistral-window-fused-rope": ("mistral", {"sliding_window": 5}),
     "qwen2-tied": ("qwen2", {"hidden_size": 32, "tie_word_embeddings": True}),
@@ -147,6 +186,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 if TRANSFORMERS >= 5:  # 4.57 cannot make one from its config: its initializer wants a bias of norms that have none
     SHAPES["stablelm-normed-heads"] = ("stablelm", {**LITTLE, "qk_layernorm": True})
+CORE_SHAPES = [name for name, (model_type, _) in SHAPES.items() if model_type in ("llama", "mistral", "qwen2")]
 GRAPH_SHAPES = [name for name, (model_type, _) in SHAPES.items() if FAMILIES[model_type].graph is not None]
 
 

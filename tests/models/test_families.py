@@ -27,9 +27,12 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
     spec = FAMILIES[model_type]
     stock = AutoConfig.for_model(model_type).get_text_config().to_dict()
     for name, value in spec.defaults.items():
-        if name == "rope_theta":
-            found = stock["rope_parameters"]["rope_theta"] if "rope_parameters" in stock else stock[name]
-            assert found == value
+        if name in ("rope_theta", "partial_rotary_factor", spec.local_rope_theta):
+            rope = stock.get("rope_parameters", stock)
+            if "rope_parameters" in stock and "full_attention" in rope:
+                rope = rope["sliding_attention" if name == spec.local_rope_theta else "full_attention"]
+                name = "rope_theta"
+            assert rope[name] == value
         elif name == "sliding_window" and "use_sliding_window" in spec.defaults:
             continue  # transformers sets it to None when use_sliding_window is off
         elif name in spec.layer_lists:

@@ -1,4 +1,4 @@
-"""What graphs need to know: windows, rotary frequencies against transformers, and refusals that say what to do instead."""
+"""What graphs need to know, against the modules that transformers builds, and refusals that say what to do instead."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import AutoConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.tiny_models import (
     BASE,
     GRAPH_SHAPES,
     NUM_LAYERS,
     SHAPES,
-    TRANSFORMERS,
     TinyModel,
-    spell_for_transformers_4,
 )
 from voidprune.errors import ModelError
+from voidprune.execution.reference import decoder_layers
 from voidprune.models.architecture import Config
 from voidprune.models.configs import remap_config
 from voidprune.models.families import FAMILIES, find_family, read_architecture
-from voidprune.models.graph_architecture import GraphArchitecture, Rope, describe_graph_architecture, layer_types
+from voidprune.models.graph_architecture import Activation, GraphArchitecture, describe_graph_architecture, layer_types
 
 QWEN2, MISTRAL = FAMILIES["qwen2"], FAMILIES["mistral"]
 LLAMA_CONFIG = {**BASE, "model_type": "llama"}
@@ -44,11 +41,16 @@ def graph_of(source: TinyModel) -> GraphArchitecture:
 @pytest.mark.parametrize("name", sorted(GRAPH_SHAPES))
 def test_layer_types_are_those_of_transformers(get_model: Callable[[str], TinyModel], name: str) -> None:
     source = get_model(name)
+    architecture, config = graph_of(source), source.model.config.get_text_config()
+    layers = decoder_layers(source.model, architecture.spec.modules)
+    # Attention modules keep their window, or the config's is every layer's; EXAONE keeps the config's in all and says which.
     expected = tuple(
-        getattr(layer.self_attn, "sliding_window", getattr(source.model.config, "sliding_window", None))
-        for layer in source.model.model.layers
+        getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None))
+        if getattr(layer.self_attn, "is_sliding", True)
+        else None
+        for layer in layers
     )
-    assert graph_of(source).windows == expected
+    assert architecture.windows == expected
 
 
 @pytest.mark.parametrize("first", [0, 1, 3, 6, 9])
@@ -95,109 +97,81 @@ def test_layer_types_that_say_something_else(listed: Any) -> None:
         read_graph({**BASE, "model_type": "qwen2", "layer_types": listed})
 
 
-# ---- rotary embedding
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "default", "rope_theta": 10000.0},
-        {"rope_type": "default", "rope_theta": 1e6},
-        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
-        {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        {
-            "rope_type": "llama3",
-            "rope_theta": 500.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.5,
-            "high_freq_factor": 3.0,
-            "original_max_position_embeddings": 64,
-        },
-    ],
-)
-@pytest.mark.parametrize("head_dim", [8, 16, 128])
-def test_frequencies_are_those_of_transformers(rope: dict[str, Any], head_dim: int) -> None:
-    config = {**LLAMA_CONFIG, "head_dim": head_dim, "rope_parameters": rope}
-    if TRANSFORMERS < 5:
-        config = spell_for_transformers_4(config)
-    stock = LlamaRotaryEmbedding(AutoConfig.for_model(**config))
-    found = read_graph(config).rope.inverse_frequencies(head_dim)
-    assert stock.attention_scaling == 1.0
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, stock.inv_freq.numpy(), rtol=1e-6)
-
-
-def test_llama3_scaling_has_three_bands() -> None:
-    """Short waves are kept, long ones are slowed by the factor, those between lie between."""
-    plain = Rope(theta=500.0)
-    scaled = Rope(
-        theta=500.0, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=64
-    )
-    ratio = plain.inverse_frequencies(64) / scaled.inverse_frequencies(64)
-    waves = 2 * math.pi / plain.inverse_frequencies(64)
-    np.testing.assert_allclose(ratio[waves < 16], 1.0, rtol=1e-6)
-    np.testing.assert_allclose(ratio[waves > 64], 8.0, rtol=1e-6)
-    between = ratio[(waves > 17) & (waves < 60)]
-    assert between.size > 2
-    assert ((between > 1) & (between < 8)).all()
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
-        {"rope_theta": 5000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
-    ],
-)
-def test_spellings_of_transformers_4_and_5_mean_the_same(fields: dict[str, Any]) -> None:
-    assert read_graph({**LLAMA_CONFIG, **fields}).rope == Rope(theta=5000.0, kind="linear", factor=4.0)
-
-
-@pytest.mark.parametrize("fields", [{}, {"rope_scaling": None}, {"rope_theta": 10000.0}])
-def test_rope_that_is_not_written_is_the_family_s(fields: dict[str, Any]) -> None:
-    assert read_graph({**LLAMA_CONFIG, **fields}).rope == Rope(theta=10000.0)
-
-
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "mrope"])
-def test_rope_of_unknown_type_is_refused(kind: str) -> None:
-    with pytest.raises(ModelError, match=f"with a rotary embedding of type '{kind}'"):
-        read_graph({**LLAMA_CONFIG, "rope_scaling": {"rope_type": kind, "factor": 2.0}})
-
-
-def test_partial_rotary_embedding_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"partial_rotary_factor 0\.5"):
-        read_graph({**LLAMA_CONFIG, "partial_rotary_factor": 0.5})
-
-
-@pytest.mark.parametrize("rope", [{"rope_type": "linear"}, {"rope_type": "llama3", "factor": 8.0}, "linear", [1]])
-def test_broken_rope_is_a_named_error(rope: Any) -> None:
-    with pytest.raises(ModelError):
-        read_graph({**LLAMA_CONFIG, "rope_scaling": rope})
-
-
 # ---- the rest
 
 
-def test_description_of_the_fixtures(tiny_model: TinyModel) -> None:
-    found, stock = graph_of(tiny_model), tiny_model.model.config
-    attention, mlp = tiny_model.model.model.layers[0].self_attn, tiny_model.model.model.layers[0].mlp
+def test_description_of_the_fixtures(graph_model: TinyModel) -> None:
+    """Against the modules that transformers built of the same config."""
+    found, stock = graph_of(graph_model), graph_model.model.config.get_text_config()
+    names, layer = found.spec.tensors, decoder_layers(graph_model.model, found.spec.modules)[0]
     assert found.intermediate_size == stock.intermediate_size
-    assert found.head_dim == attention.head_dim
-    assert found.norm_epsilon == stock.rms_norm_eps
-    assert found.qkv_bias == (attention.q_proj.bias is not None) == (attention.v_proj.bias is not None)
-    assert found.output_bias == (attention.o_proj.bias is not None)
-    assert found.mlp_bias == (mlp.gate_proj.bias is not None) == (mlp.down_proj.bias is not None)
+    assert found.head_dim == layer.self_attn.head_dim
+    assert found.score_scale == pytest.approx(layer.self_attn.scaling, rel=1e-12)
+
+    def has_bias(suffix: str) -> bool:
+        return layer.get_submodule(suffix).bias is not None
+
+    for suffix in (names.query, names.value) if names.fused_qkv is None else (names.fused_qkv,):
+        assert found.qkv_bias == has_bias(suffix)
+    assert found.output_bias == has_bias(names.output)
+    for suffix in (names.up, names.down) if names.fused_gate_up is None else (names.fused_gate_up, names.down):
+        assert found.mlp_bias == has_bias(suffix)
+    assert found.gated == hasattr(layer.mlp, "gate_proj" if names.fused_gate_up is None else "gate_up_proj")
+    for suffix in (names.attention_norm, names.attention_post_norm, names.mlp_post_norm):
+        if suffix is not None:
+            norm = layer.get_submodule(suffix)
+            epsilons = [value for name, value in vars(norm).items() if "eps" in name]
+            assert epsilons == [found.norm_epsilon]
+            assert found.norm_bias == (getattr(norm, "bias", None) is not None)
+    if found.spec.model_type in ("cohere", "cohere2", "stablelm"):
+        assert found.parallel == (getattr(layer, "post_attention_layernorm", None) is None)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_pytorch_tanh"])
+def test_scales_and_caps_of_the_families_that_have_them(get_model: Callable[[str], TinyModel]) -> None:
+    granite = graph_of(get_model("granite"))
+    assert (granite.residual_scale, granite.embedding_scale, granite.score_scale) == (0.6, 3.0, 0.3)
+    assert granite.logit_scale == 2.0  # logits are divided by 0.5
+    gemma2 = graph_of(get_model("gemma2"))
+    assert (gemma2.score_softcap, gemma2.logit_softcap) == (50.0, 30.0)
+    assert gemma2.embedding_scale == math.sqrt(32)
+    assert gemma2.score_scale == pytest.approx(8**-0.5)
+    llama = graph_of(get_model("llama"))
+    assert (llama.residual_scale, llama.embedding_scale, llama.logit_scale) == (1.0, 1.0, 1.0)
+    assert (llama.score_softcap, llama.logit_softcap) == (None, None)
+    assert read_graph({**BASE, "model_type": "cohere"} | {"rope_theta": 10000.0}).logit_scale == 0.0625
+
+
+def test_which_layers_are_rotated(get_model: Callable[[str], TinyModel]) -> None:
+    def rotated(name: str) -> list[int]:
+        return [int(rope is not None) for rope in graph_of(get_model(name)).ropes]
+
+    assert rotated("llama") == [1] * NUM_LAYERS
+    assert rotated("smollm3") == [1, 0, 1, 1, 0, 1]
+    assert rotated("cohere2") == [1, 0, 0, 1, 1, 0]  # those with a window
+    assert rotated("exaone4") == [1, 1, 0, 1, 1, 0]  # the same
+    assert rotated("exaone4-no-windows") == [1] * NUM_LAYERS
+
+
+def test_legacy_gelu_of_gemma_is_the_approximation() -> None:
+    config = {**BASE, "model_type": "gemma", "hidden_act": "gelu"}
+    assert read_graph(config).activation is Activation.GELU_TANH
+    assert read_graph({**LLAMA_CONFIG, "hidden_act": "gelu"}).activation is Activation.GELU
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
+def test_settings_that_mean_another_computation_are_refused(model_type: str) -> None:
+    with pytest.raises(ModelError, match="with use_bidirectional_attention True") as caught:
+        read_graph({**BASE, "model_type": model_type, "use_bidirectional_attention": True})
+    assert caught.value.hint == "export with --format hf"
+
+
+@pytest.mark.parametrize("value", ["big", None, True, [1]])
+def test_a_number_that_is_none_is_named(value: Any) -> None:
+    with pytest.raises(ModelError, match=r"rms_norm_eps in config\.json is"):
+        read_graph({**LLAMA_CONFIG, "rms_norm_eps": value})
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_10", "quick_gelu"])
 def test_other_activations_have_no_graph_but_a_slim_checkpoint(activation: str) -> None:
     config = {**LLAMA_CONFIG, "hidden_act": activation}
     with pytest.raises(ModelError, match=f"no ONNX graphs are made of llama with hidden_act '{activation}'") as caught:

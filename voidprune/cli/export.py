@@ -35,6 +35,14 @@ from voidprune.cli.plan import print_plan
     "--format", "formats", type=click.Choice(["hf", "onnx"]), multiple=True, help="Default: all that the family has."
 )
 @click.option("--precision", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
+@click.option(
+    "--ops",
+    "operators",
+    type=click.Choice(["ort", "standard"]),
+    default="ort",
+    show_default=True,
+    help="Operators of the graphs: onnxruntime's fused ones, or those of the ONNX standard alone.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file, such as 5GB or 500MB.")
 @click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result to the Hugging Face Hub, as private.")
 @click.option("--public", is_flag=True, help="Let the whole world see what is pushed.")
@@ -59,6 +67,7 @@ def export(
     profile_file: Path | None,
     formats: tuple[str, ...],
     precision: str,
+    operators: str,
     min_scores: tuple[tuple[str | None, float], ...],
     max_ppl_ratio: float | None,
     eval_tasks: str,
@@ -149,6 +158,7 @@ def export(
         target,
         formats=formats,
         precision=precision,
+        operators=operators,
         max_shard_bytes=max_shard_bytes,
         provider=provider,
         overwrite=overwrite,

@@ -55,7 +55,8 @@ class Manifest:
 
     `slots[s]` is the original number of the layer in cache slot s. `source_bytes` is the size of the source's
     weights, `source_revision` its commit where it was fetched from the Hub piece by piece; `weights_header` is the SHA-256 of
-    the headers of ours (see `checkpoint.weights_hash`); `files` maps each file to its SHA-256, `sizes` to its bytes.
+    the headers of ours (see `checkpoint.weights_hash`); `files` maps each file to its SHA-256, `sizes` to its bytes. `operators`
+    is the operator set of the graphs: "ort" or "standard".
     """
 
     schedule: Schedule
@@ -72,6 +73,7 @@ class Manifest:
     parity: Parity | None
     written_by: str
     source_revision: str | None = None
+    operators: str = "ort"
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -99,6 +101,7 @@ class Manifest:
             ("source_bytes", self.source_bytes, int),
             ("weights_header", self.weights_header, str),
             ("written_by", self.written_by, str),
+            ("operators", self.operators, str),
             *((f"files.{name}", value, str) for name, value in self.files.items()),
             *((f"sizes.{name}", value, int) for name, value in self.sizes.items()),
         ):
@@ -124,11 +127,12 @@ class Manifest:
             "sizes": dict(self.sizes),
             "parity": None if self.parity is None else asdict(self.parity),
             "written_by": self.written_by,
+            "operators": self.operators,
         }
 
     @classmethod
     def from_document(cls, document: artifacts.Document, *, place: str) -> Manifest:
-        optional = {"source_revision"}
+        optional = {"source_revision", "operators"}
         required = {"schema", *cls.__dataclass_fields__} - optional
         artifacts.check_keys(document, required=required, optional=optional, place=place)
         try:
@@ -151,6 +155,7 @@ class Manifest:
                 sizes=dict(document["sizes"]),
                 parity=None if parity is None else Parity(**parity),
                 written_by=document["written_by"],
+                operators=document.get("operators", "ort"),
             )
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ArtifactError(f"{place} is broken: {error}", hint="export the model again") from error

@@ -43,6 +43,7 @@ def export_bundle(
     verify: Verify,
     formats: Collection[str] = FORMATS,
     precision: str = "keep",
+    operators: str = "ort",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     advance: Advance = lambda _amount: None,
@@ -51,7 +52,8 @@ def export_bundle(
 
     `verify` gets the staged folder, which `read_manifest` and all loaders accept, and returns how far it is from the
     reference, None where that was not measured; what it raises (ParityError) ends the export with nothing published. The
-    checkpoint is written in any case, because the graphs read it; `advance` is told the bytes of tensors written.
+    checkpoint is written in any case, because the graphs read it; `operators` is what they are written in (see
+    `operators.OPERATOR_SETS`); `advance` is told the bytes of tensors written.
     Raises ScheduleError, ModelError, CheckpointError, OutputError.
     """
     schedule.check_model(source.identity, place="the schedule")
@@ -66,7 +68,7 @@ def export_bundle(
             source, schedule.union, stage, precision=precision, max_shard_bytes=max_shard_bytes, advance=advance
         )
         slim = open_checkpoint(stage, name=folder.name)
-        graphs = _write_graphs(slim, schedule, stage) if "onnx" in formats else {}
+        graphs = _write_graphs(slim, schedule, stage, operators) if "onnx" in formats else {}
         files = {path.relative_to(stage).as_posix(): path for path in sorted(stage.rglob("*")) if path.is_file()}
         manifest = Manifest(
             schedule=schedule,
@@ -83,6 +85,7 @@ def export_bundle(
             sizes={name: path.stat().st_size for name, path in files.items()},
             parity=None,
             written_by=f"voidprune {voidprune.__version__}",
+            operators=operators,
         )
         _write_manifest(stage, manifest)
         manifest = replace(manifest, parity=verify(stage))
@@ -112,14 +115,14 @@ def _check_dtypes(source: Checkpoint, precision: str) -> None:
         )
 
 
-def _write_graphs(slim: Checkpoint, schedule: Schedule, stage: Path) -> dict[Phase, Graph]:
+def _write_graphs(slim: Checkpoint, schedule: Schedule, stage: Path, operators: str) -> dict[Phase, Graph]:
     from voidprune.export.onnx_graph import author_decode, author_prefill, graph_slots, save_graph
 
     renumbered = schedule.on_slim_model(slim.identity)
     graphs = {}
     for phase, author in ((Phase.PREFILL, author_prefill), (Phase.DECODE, author_decode)):
         graphs[phase] = Graph(file=f"{phase}.onnx", slots=graph_slots(renumbered, phase))
-        model = author(slim, renumbered)
+        model = author(slim, renumbered, operators=operators)
         model.metadata_props.update(
             {
                 "voidprune.phase": str(phase),

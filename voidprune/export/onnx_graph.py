@@ -1,8 +1,7 @@
 """One phase's graph, authored from config and safetensors header. No tracing, no torch, no weights in memory.
 
 Every weight of a graph is external data *into* the checkpoint's own safetensors file, so two graphs cost two small files.
-Operators are onnxruntime's fused ones (`GroupQueryAttention`, `SkipSimplifiedLayerNormalization`, `FusedMatMul`), which take
-Hugging Face's [out, in] matrices as they are.
+`operators` chooses in which operators they are written: a key of `operators.OPERATOR_SETS`.
 
 The contract of the graphs (B rows, T new tokens, S tokens with the past, M positions of the K/V buffers, N K/V heads, H head
 size, V vocabulary):
@@ -26,14 +25,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from voidprune.export.graph_operators import GraphAuthor, Hidden
+from voidprune.export.graph_author import GraphAuthor, Hidden
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule
 
 
-def author_prefill(checkpoint: Checkpoint, schedule: Schedule) -> ir.Model:
+def author_prefill(checkpoint: Checkpoint, schedule: Schedule, *, operators: str = "ort") -> ir.Model:
     """The prefill graph of a checkpoint that holds exactly the layers of `schedule`."""
-    author = _start_graph(checkpoint, schedule, Phase.PREFILL)
+    author = _start_graph(checkpoint, schedule, Phase.PREFILL, operators)
     prefill, decode = schedule.prefill, schedule.decode
     everything = author.embed()
     writers = [layer for layer, action in enumerate(prefill) if action.writes_kv]
@@ -54,9 +53,9 @@ def author_prefill(checkpoint: Checkpoint, schedule: Schedule) -> ir.Model:
     return author.finish(hidden)
 
 
-def author_decode(checkpoint: Checkpoint, schedule: Schedule) -> ir.Model:
+def author_decode(checkpoint: Checkpoint, schedule: Schedule, *, operators: str = "ort") -> ir.Model:
     """The decode graph of a checkpoint that holds exactly the layers of `schedule`."""
-    author = _start_graph(checkpoint, schedule, Phase.DECODE)
+    author = _start_graph(checkpoint, schedule, Phase.DECODE, operators)
     hidden = author.embed()
     for layer, action in enumerate(schedule.decode):
         hidden = author.layer(hidden, layer, action)
@@ -71,8 +70,9 @@ def graph_slots(schedule: Schedule, phase: Phase) -> tuple[int, ...]:
     return tuple(slot for slot, layer in enumerate(schedule.kv_layers) if writes[layer])
 
 
-def _start_graph(checkpoint: Checkpoint, schedule: Schedule, phase: Phase) -> GraphAuthor:
-    return GraphAuthor(checkpoint, phase, {schedule.kv_layers[slot]: slot for slot in graph_slots(schedule, phase)})
+def _start_graph(checkpoint: Checkpoint, schedule: Schedule, phase: Phase, operators: str) -> GraphAuthor:
+    slots = {schedule.kv_layers[slot]: slot for slot in graph_slots(schedule, phase)}
+    return GraphAuthor(checkpoint, phase, slots, operators=operators)
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -122,13 +122,25 @@ class _Streams:
         return replace(self, joined=None, parts=(before, final))
 
     def _mlp(self, layer: int, earlier: LayerAction, last: LayerAction) -> _Streams:
-        if earlier.runs_mlp and last.runs_mlp:
+        if earlier.runs_mlp and last.runs_mlp and self._share_alike:
             return replace(self, joined=self.author.mlp(self.together, layer), parts=None)
         if not earlier.runs_mlp and not last.runs_mlp:
-            return self
+            return self._leave_layer()
         before, final = self.apart
         if earlier.runs_mlp:
             before = self.author.mlp(before, layer)
         if last.runs_mlp:
             final = self.author.mlp(final, layer)
-        return replace(self, joined=None, parts=(before, final))
+        return replace(self, joined=None, parts=(before, final))._leave_layer()
+
+    @property
+    def _share_alike(self) -> bool:
+        """Whether both parts, or neither, have the norm that a parallel layer's MLP shares with attention."""
+        return self.parts is None or (self.parts[0].shared is None) == (self.parts[1].shared is None)
+
+    def _leave_layer(self) -> _Streams:
+        """Without the norm that only this layer's MLP could have shared."""
+        if self.joined is not None:
+            return replace(self, joined=replace(self.joined, shared=None))
+        before, final = self.apart
+        return replace(self, parts=(replace(before, shared=None), replace(final, shared=None)))

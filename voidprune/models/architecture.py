@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from voidprune.errors import ModelError
+from voidprune.models.graph_spec import GraphSpec
 from voidprune.models.layer_lists import LayerListRule
 
 Config = Mapping[str, Any]
@@ -35,33 +36,30 @@ class PerLayer(StrEnum):
     INERT = "inert"  # "layer" is in its name only
 
 
-class Windows(StrEnum):
-    """How a family says which layers attend to a sliding window only."""
-
-    NEVER = "never"
-    ALL_LAYERS = "all_layers"  # every layer, when `sliding_window` is set (Mistral)
-    LAYER_TYPES = "layer_types"  # those that the list says (Qwen2)
-
-
 @dataclass(frozen=True)
 class TensorNames:
     """Where the tensors of a family are. Layer tensors are `{layers}.{index}.{suffix}.weight` and `.bias`.
 
-    The names from `attention_norm` to `down` are what graphs read. The `_parts` are beginnings of suffixes: whatever begins like
-    this belongs to attention, to the part of it that keys and values need, or to the MLP. `fused_qkv` holds q, k and v one below
-    the other; `experts` are matrices of which a token runs only some.
+    The names from `attention_norm` to `down` are what graphs read: norms before a sublayer and behind it, None where there is
+    none, matrices, and norms of queries and keys (`{head}` in them: one a head). The `_parts` are beginnings of suffixes:
+    whatever begins like this belongs to attention, to the part of it that keys and values need, or to the MLP. `fused_qkv` holds
+    q, k and v one below the other, `fused_gate_up` gate and up; `experts` are matrices of which a token runs only some.
     """
 
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    attention_norm: str = "input_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    attention_post_norm: str | None = None
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
-    mlp_norm: str = "post_attention_layernorm"
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_post_norm: str | None = None
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
@@ -69,6 +67,7 @@ class TensorNames:
     kv_parts: tuple[str, ...] = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
     mlp_parts: tuple[str, ...] = ("post_attention_layernorm", "mlp")
     fused_qkv: str | None = None
+    fused_gate_up: str | None = None
     experts: str = "mlp.experts"
 
     def layer(self, index: int, suffix: str) -> str:
@@ -87,20 +86,20 @@ class TensorNames:
 
         One initializer of a graph can then span three matrices.
         """
-        qkv = (self.query, self.key, self.value)
-        return (
-            f"{self.attention_norm}.weight",
-            *(f"{name}.weight" for name in qkv),
-            *(f"{name}.bias" for name in qkv),
-            f"{self.output}.weight",
-            f"{self.output}.bias",
-            f"{self.mlp_norm}.weight",
-            f"{self.gate}.weight",
-            f"{self.up}.weight",
-            f"{self.gate}.bias",
-            f"{self.up}.bias",
-            f"{self.down}.weight",
-            f"{self.down}.bias",
+        weights_and_biases = (
+            (self.attention_norm,),
+            (self.query, self.key, self.value),
+            (self.output,),
+            (self.mlp_norm,),
+            (self.gate, self.up),
+            (self.down,),
+        )
+        return tuple(
+            f"{name}.{kind}"
+            for group in weights_and_biases
+            for kind in ("weight", "bias")
+            for name in group
+            if name is not None
         )
 
 
@@ -137,16 +136,6 @@ class ModulePaths:
     def _name(self, layer: Any, name: str) -> str:
         older = self.mlp_in_transformers_4
         return older if older is not None and name == self.mlp and hasattr(layer, older) else name
-
-
-@dataclass(frozen=True)
-class GraphSpec:
-    """What the authored graphs ask of a family beyond its checkpoint. A bias is True, False, or the config field that says so."""
-
-    qkv_bias: bool | str = False
-    output_bias: bool | str = False
-    mlp_bias: bool | str = False
-    windows: Windows = Windows.NEVER
 
 
 @dataclass(frozen=True)

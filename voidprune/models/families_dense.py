@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from voidprune.models.architecture import FamilySpec, GraphSpec, ModulePaths, PerLayer, TensorNames, Windows
+from voidprune.models.architecture import FamilySpec, ModulePaths, PerLayer, TensorNames
+from voidprune.models.graph_spec import GraphSpec, HeadNorm, Norm, Rotated, Windows
 from voidprune.models.layer_lists import EveryNth, FromThreshold, WhereZero
 
 COUNT = {"num_hidden_layers": PerLayer.COUNT}
@@ -24,15 +25,24 @@ QWEN_DEFAULTS: dict[str, Any] = {
     "layer_types": None,
 }
 
+SILU_AND_RMS: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+
 # Norms around both sublayers (Gemma 2, Gemma 3): the norm behind a sublayer is what joins the residual stream.
 SANDWICHED = ModulePaths(attention_branch="post_attention_layernorm", mlp_branch="post_feedforward_layernorm")
-SANDWICHED_PARTS: dict[str, Any] = {
+SANDWICHED_NAMES: dict[str, Any] = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
     "attention_parts": ("input_layernorm", "self_attn", "post_attention_layernorm"),
     "mlp_parts": ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
 }
 # Norms behind the sublayers only (OLMo 2 and 3, EXAONE 4).
 POST_NORMED = SANDWICHED
 POST_NORMED_NAMES = TensorNames(
+    attention_norm=None,
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm=None,
+    mlp_post_norm="post_feedforward_layernorm",
     attention_parts=("self_attn", "post_attention_layernorm"),
     kv_parts=("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm"),
     mlp_parts=("mlp", "post_feedforward_layernorm"),
@@ -42,10 +52,8 @@ LLAMA = FamilySpec(
     model_type="llama",
     title="Llama 2, 3, 3.1, 3.2 and models of the same architecture",
     per_layer=COUNT,
-    defaults={
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
+    defaults=SILU_AND_RMS
+    | {
         "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,
@@ -58,10 +66,8 @@ MISTRAL = FamilySpec(
     model_type="mistral",
     title="Mistral 7B and models of the same architecture",
     per_layer=COUNT,
-    defaults={
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
+    defaults=SILU_AND_RMS
+    | {
         "tie_word_embeddings": False,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
@@ -74,7 +80,7 @@ QWEN2 = FamilySpec(
     model_type="qwen2",
     title="Qwen2 and Qwen2.5",
     per_layer=COUNT | QWEN_WINDOWS,
-    defaults=QWEN_DEFAULTS | {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    defaults=SILU_AND_RMS | QWEN_DEFAULTS,
     layer_lists={"layer_types": WINDOWS_FROM_A_LAYER_UP},
     graph=GraphSpec(qkv_bias=True, windows=Windows.LAYER_TYPES),
 )
@@ -83,8 +89,14 @@ QWEN3 = FamilySpec(
     model_type="qwen3",
     title="Qwen3, dense",
     per_layer=COUNT | QWEN_WINDOWS,
-    defaults=QWEN_DEFAULTS | {"head_dim": 128},
+    defaults=SILU_AND_RMS | QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
     layer_lists={"layer_types": WINDOWS_FROM_A_LAYER_UP},
+    graph=GraphSpec(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        head_norm=HeadNorm.EACH,
+        windows=Windows.LAYER_TYPES,
+    ),
 )
 
 GEMMA = FamilySpec(
@@ -96,7 +108,20 @@ GEMMA = FamilySpec(
         "num_key_value_heads": 16,
         "head_dim": 256,
         "max_position_embeddings": 8192,
+        "hidden_act": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "use_bidirectional_attention": None,
     },
+    graph=GraphSpec(
+        norm=Norm.RMS_PLUS_ONE,
+        activations={"gelu": "gelu_pytorch_tanh"},  # what the first files say, and never was
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        embedding_multiplier="sqrt_hidden_size",
+        required={"use_bidirectional_attention": None},
+    ),
 )
 
 GEMMA2 = FamilySpec(
@@ -109,10 +134,31 @@ GEMMA2 = FamilySpec(
         "head_dim": 256,
         "max_position_embeddings": 8192,
         "layer_types": None,
+        "sliding_window": 4096,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "use_bidirectional_attention": None,
     },
     layer_lists={"layer_types": EveryNth(2)},
-    tensors=TensorNames(**SANDWICHED_PARTS),
+    tensors=TensorNames(**SANDWICHED_NAMES),
     modules=SANDWICHED,
+    graph=GraphSpec(
+        norm=Norm.RMS_PLUS_ONE,
+        activation="hidden_activation",
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        windows=Windows.LAYER_TYPES,
+        query_scale="query_pre_attn_scalar",
+        score_softcap="attn_logit_softcapping",
+        embedding_multiplier="sqrt_hidden_size",
+        logit_softcap="final_logit_softcapping",
+        required={"use_bidirectional_attention": None},
+    ),
 )
 
 GEMMA3_TEXT = FamilySpec(
@@ -133,10 +179,33 @@ GEMMA3_TEXT = FamilySpec(
         "max_position_embeddings": 131072,
         "layer_types": None,
         "sliding_window_pattern": 6,
+        "sliding_window": 4096,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "attention_bias": False,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
     },
     layer_lists={"layer_types": EveryNth("sliding_window_pattern")},
-    tensors=TensorNames(**SANDWICHED_PARTS),
+    tensors=TensorNames(**SANDWICHED_NAMES),
     modules=SANDWICHED,
+    graph=GraphSpec(
+        norm=Norm.RMS_PLUS_ONE,
+        activation="hidden_activation",
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        head_norm=HeadNorm.EACH,
+        windows=Windows.LAYER_TYPES,
+        query_scale="query_pre_attn_scalar",
+        embedding_multiplier="sqrt_hidden_size",
+        logit_softcap="final_logit_softcapping",
+        # transformers 5.23 reads attn_logit_softcapping and does not apply it (models/gemma3, Gemma3Attention.forward).
+        required={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+    ),
     local_rope_theta="rope_local_base_freq",
 )
 
@@ -151,13 +220,14 @@ GEMMA3 = FamilySpec(
         layers="language_model.model.layers",
         final_norm="language_model.model.norm",
         head="language_model.lm_head",
-        **SANDWICHED_PARTS,
+        **SANDWICHED_NAMES,
     ),
     modules=ModulePaths(
         layers="model.language_model.layers",
         attention_branch=SANDWICHED.attention_branch,
         mlp_branch=SANDWICHED.mlp_branch,
     ),
+    graph=GEMMA3_TEXT.graph,
     text_config="text_config",
     local_rope_theta="rope_local_base_freq",
 )
@@ -166,8 +236,18 @@ PHI3 = FamilySpec(
     model_type="phi3",
     title="Phi-3, Phi-3.5 and Phi-4",
     per_layer=COUNT,
-    defaults={"tie_word_embeddings": False, "max_position_embeddings": 4096},
-    tensors=TensorNames(kv_parts=("input_layernorm",), fused_qkv="self_attn.qkv_proj"),
+    defaults=SILU_AND_RMS
+    | {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "partial_rotary_factor": 1.0,
+    },
+    tensors=TensorNames(
+        kv_parts=("input_layernorm",), fused_qkv="self_attn.qkv_proj", fused_gate_up="mlp.gate_up_proj"
+    ),
+    graph=GraphSpec(windows=Windows.ALL_LAYERS),
     # 4.57 refuses a rope_scaling with other fields (its models/phi3/configuration_phi3.py, _rope_scaling_validation).
     rope_scaling_fields=("type", "short_factor", "long_factor"),
 )
@@ -176,7 +256,26 @@ GRANITE = FamilySpec(
     model_type="granite",
     title="Granite 3 and 4, dense",
     per_layer=COUNT,
-    defaults={"tie_word_embeddings": False, "max_position_embeddings": 2048},
+    defaults=SILU_AND_RMS
+    | {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    graph=GraphSpec(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        score_multiplier="attention_multiplier",
+        embedding_multiplier="embedding_multiplier",
+        residual_multiplier="residual_multiplier",
+        logit_divisor="logits_scaling",
+    ),
     modules=ModulePaths(residual_multiplier="residual_multiplier"),
 )
 
@@ -191,7 +290,11 @@ SMOLLM3 = FamilySpec(
         "no_rope_layer_interval": PerLayer.PERIOD,
         "max_window_layers": PerLayer.THRESHOLD,  # in published configs; transformers does not read it
     },
-    defaults={
+    defaults=SILU_AND_RMS
+    | {
+        "rope_theta": 2000000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
         "tie_word_embeddings": True,
         "num_key_value_heads": 4,
         "max_position_embeddings": 32768,
@@ -205,25 +308,53 @@ SMOLLM3 = FamilySpec(
         "no_rope_layers": SMOLLM3_ROTATED,
         "layer_types": WhereZero("no_rope_layers", SMOLLM3_ROTATED, switches=("use_sliding_window", "sliding_window")),
     },
+    graph=GraphSpec(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        windows=Windows.LAYER_TYPES,
+        rotated=Rotated.LISTED,
+    ),
 )
 
 OLMO2 = FamilySpec(
     model_type="olmo2",
     title="OLMo 2",
     per_layer=COUNT,
-    defaults={"tie_word_embeddings": False, "max_position_embeddings": 2048},
+    defaults=SILU_AND_RMS
+    | {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+    },
     tensors=POST_NORMED_NAMES,
     modules=POST_NORMED,
+    graph=GraphSpec(qkv_bias="attention_bias", output_bias="attention_bias", head_norm=HeadNorm.ALL),
 )
 
 OLMO3 = FamilySpec(
     model_type="olmo3",
     title="OLMo 3",
     per_layer=COUNT | {"layer_types": PerLayer.LIST},
-    defaults={"tie_word_embeddings": False, "max_position_embeddings": 2048, "layer_types": None},
+    defaults={
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "layer_types": None,
+        "sliding_window": 4096,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+    },
     layer_lists={"layer_types": EveryNth(4)},
     tensors=POST_NORMED_NAMES,
     modules=POST_NORMED,
+    graph=GraphSpec(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        head_norm=HeadNorm.ALL,
+        windows=Windows.LAYER_TYPES,
+    ),
 )
 
 # Attention and MLP side by side behind one norm; its bytes are counted with attention.
@@ -231,7 +362,26 @@ COHERE = FamilySpec(
     model_type="cohere",
     title="Command R",
     per_layer=COUNT,
-    defaults={"tie_word_embeddings": True, "max_position_embeddings": 8192},
+    defaults={
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "hidden_act": "silu",
+        "layer_norm_eps": 1e-5,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "logit_scale": 0.0625,
+    },
+    graph=GraphSpec(
+        norm=Norm.LAYER,
+        norm_epsilon="layer_norm_eps",
+        parallel=True,
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        head_norm=HeadNorm.EACH_ITS_OWN,
+        has_head_norm="use_qk_norm",
+        interleaved=True,
+        logit_multiplier="logit_scale",
+    ),
 )
 
 COHERE2 = FamilySpec(
@@ -248,8 +398,25 @@ COHERE2 = FamilySpec(
         "max_position_embeddings": 8192,
         "layer_types": None,
         "sliding_window_pattern": 4,
+        "sliding_window": 4096,
+        "hidden_act": "silu",
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "logit_scale": 0.0625,
     },
     layer_lists={"layer_types": EveryNth("sliding_window_pattern")},
+    graph=GraphSpec(
+        norm=Norm.LAYER,
+        norm_epsilon="layer_norm_eps",
+        parallel=True,
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        windows=Windows.LAYER_TYPES,
+        rotated=Rotated.WINDOWED,
+        interleaved=True,
+        logit_multiplier="logit_scale",
+    ),
 )
 
 GLM4 = FamilySpec(
@@ -261,8 +428,17 @@ GLM4 = FamilySpec(
         "num_key_value_heads": 2,
         "head_dim": 128,
         "max_position_embeddings": 131072,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1.5625e-07,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
     },
+    graph=GraphSpec(qkv_bias="attention_bias", interleaved=True),
     tensors=TensorNames(
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+        fused_gate_up="mlp.gate_up_proj",
         attention_parts=("input_layernorm", "self_attn", "post_self_attn_layernorm"),
         mlp_parts=("post_attention_layernorm", "mlp", "post_mlp_layernorm"),
     ),
@@ -273,15 +449,57 @@ STARCODER2 = FamilySpec(
     model_type="starcoder2",
     title="StarCoder2",
     per_layer=COUNT,
-    defaults={"tie_word_embeddings": True, "num_key_value_heads": 2, "max_position_embeddings": 4096},
+    defaults={
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-5,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "use_bias": True,
+    },
+    tensors=TensorNames(up="mlp.c_fc", down="mlp.c_proj"),
+    graph=GraphSpec(
+        norm=Norm.LAYER,
+        norm_bias=True,
+        norm_epsilon="norm_epsilon",
+        gated=False,
+        qkv_bias="use_bias",
+        output_bias="use_bias",
+        mlp_bias="use_bias",
+        windows=Windows.ALL_LAYERS,
+    ),
 )
 
 STABLELM = FamilySpec(
     model_type="stablelm",
     title="StableLM 2 and models of the same architecture",
     per_layer=COUNT,
-    defaults={"tie_word_embeddings": False, "num_key_value_heads": 32, "max_position_embeddings": 4096},
+    defaults={
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "hidden_act": "silu",
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "use_qkv_bias": False,
+        "qk_layernorm": False,
+        "use_parallel_residual": False,
+    },
+    graph=GraphSpec(
+        norm=Norm.LAYER,
+        norm_bias=True,
+        norm_epsilon="layer_norm_eps",
+        parallel="use_parallel_residual",
+        qkv_bias="use_qkv_bias",
+        head_norm=HeadNorm.EACH_ITS_OWN,
+        has_head_norm="qk_layernorm",
+    ),
     tensors=TensorNames(
+        query_norm="self_attn.q_layernorm.norms.{head}",
+        key_norm="self_attn.k_layernorm.norms.{head}",
         kv_parts=("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_layernorm"),
     ),
 )
@@ -300,7 +518,12 @@ EXAONE4 = FamilySpec(
         "max_position_embeddings": 2048,
         "layer_types": None,
         "sliding_window_pattern": 4,
+        "sliding_window": 4096,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
     },
+    graph=GraphSpec(head_norm=HeadNorm.EACH, windows=Windows.LAYER_TYPES, rotated=Rotated.WINDOWED_OR_ALL),
     layer_lists={"layer_types": EveryNth("sliding_window_pattern")},
     tensors=POST_NORMED_NAMES,
     modules=POST_NORMED,

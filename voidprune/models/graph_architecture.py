@@ -1,4 +1,4 @@
-"""What the authored graphs need to know of one model beyond its checkpoint: widths, biases, windows, rotary embedding.
+"""What the authored graphs need to know of one model beyond its checkpoint: norms, biases, windows, rotary embedding, scales.
 
 Only families with a `GraphSpec` have that; anything that the graphs could not compute exactly is refused by name here.
 """
@@ -6,8 +6,9 @@ Only families with a `GraphSpec` have that; anything that the graphs could not c
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum
 
 from voidprune.errors import ModelError
 from voidprune.models.architecture import (
@@ -15,68 +16,67 @@ from voidprune.models.architecture import (
     ConfigReader,
     DecoderArchitecture,
     FamilySpec,
-    Windows,
     describe_architecture,
     layer_list,
+    text_config,
 )
+from voidprune.models.graph_spec import GraphSpec, HeadNorm, Norm, Rotated, Windows
 from voidprune.models.layer_lists import FULL, SLIDING
-
-if TYPE_CHECKING:
-    import numpy as np
+from voidprune.models.rope import Rope, read_ropes
 
 
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: the base, and how its frequencies are scaled.
+class Activation(StrEnum):
+    """What an MLP does between its matrices."""
 
-    `kind` is "default", "linear" or "llama3"; the other fields are those of transformers' `rope_parameters`.
-    """
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"  # the approximation with tanh
 
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context_length: int = 0
 
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """`head_dim / 2` angular frequencies, radians a position, in float32 at every step as transformers does it.
-
-        Formulas: transformers `modeling_rope_utils`, `_compute_linear_scaling_rope_parameters` and
-        `_compute_llama3_parameters`.
-        """
-        import numpy as np
-
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = np.float32(1.0) / np.float32(self.theta) ** exponents
-        if self.kind == "linear":
-            return frequencies / np.float32(self.factor)
-        if self.kind == "llama3":
-            wavelengths = np.float32(2 * math.pi) / frequencies
-            smooth = (self.original_context_length / wavelengths - self.low_freq_factor) / (
-                self.high_freq_factor - self.low_freq_factor
-            )
-            smooth = np.clip(smooth, 0.0, 1.0)  # 0: long waves, slowed by the factor; 1: short waves, kept
-            return ((1 - smooth) * frequencies / self.factor + smooth * frequencies).astype(np.float32)
-        return frequencies
+_ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+}
 
 
 @dataclass(frozen=True)
 class GraphArchitecture(DecoderArchitecture):
-    """One model's shape as its graphs need it. `windows[l]`: the sliding window of layer l in tokens, itself included, or None."""
+    """One model's shape as its graphs need it.
+
+    `windows[l]`: the sliding window of layer l in tokens, itself included, or None. `ropes[l]`: its rotary embedding, or None.
+    `ropes_by_kind`: the same for "full_attention" and "sliding_attention", whether or not a layer is of the kind. Scores are
+    multiplied by `score_scale`, then capped; logits multiplied by `logit_scale`, then capped. None: no cap.
+    """
 
     intermediate_size: int
+    norm: Norm
+    norm_bias: bool
     norm_epsilon: float
-    rope: Rope
+    activation: Activation
+    gated: bool
+    parallel: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    head_norm: HeadNorm
     windows: tuple[int | None, ...]
+    ropes: tuple[Rope | None, ...]
+    ropes_by_kind: Mapping[str, Rope]
+    score_scale: float
+    score_softcap: float | None
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
+    logit_softcap: float | None
 
 
 def describe_graph_architecture(config: Config, spec: FamilySpec) -> GraphArchitecture:
     """Read a `config.json` for its graphs. Raises ModelError where no graph would equal the model."""
-    if spec.graph is None:
+    graph = spec.graph
+    if graph is None:
         raise ModelError(
             f"no ONNX graphs are made of {spec.model_type} models, only slim checkpoints",
             hint="export with --format hf",
@@ -86,24 +86,42 @@ def describe_graph_architecture(config: Config, spec: FamilySpec) -> GraphArchit
             "no ONNX graphs are made of a checkpoint that is quantized already (quantization_config)",
             hint="export with --format hf, or start from the checkpoint that was quantized",
         )
-    reader = ConfigReader(config, spec)
     described = describe_architecture(config, spec)
-    if (activation := reader.value("hidden_act")) != "silu":
-        raise ModelError(
-            f"no ONNX graphs are made of {spec.model_type} with hidden_act {activation!r}; only of silu",
-            hint="export with --format hf",
-        )
+    reader = ConfigReader(text_config(config, spec), spec)
+    for name, value in graph.required.items():
+        if (found := reader.lookup(name)) != value:
+            raise ModelError(
+                f"no ONNX graphs are made of {spec.model_type} with {name} {found!r}; only with {value!r}",
+                hint="export with --format hf",
+            )
+    kinds = layer_types(reader.config, spec)
+    windows = tuple(reader.integer("sliding_window") if kind == SLIDING else None for kind in kinds)
+    ropes = read_ropes(reader, head_dim=described.head_dim, interleaved=graph.interleaved)
+    rotated = _rotated_layers(reader, graph, windows)
     return GraphArchitecture(
         **vars(described),
         intermediate_size=reader.integer("intermediate_size"),
-        norm_epsilon=float(reader.value("rms_norm_eps")),
-        rope=_read_rope(reader),
-        qkv_bias=reader.flag(spec.graph.qkv_bias),
-        output_bias=reader.flag(spec.graph.output_bias),
-        mlp_bias=reader.flag(spec.graph.mlp_bias),
-        windows=tuple(
-            int(reader.value("sliding_window")) if kind == SLIDING else None for kind in layer_types(config, spec)
-        ),
+        norm=graph.norm,
+        norm_bias=graph.norm_bias,
+        norm_epsilon=_number(reader, graph.norm_epsilon),
+        activation=_read_activation(reader, graph),
+        gated=graph.gated,
+        parallel=reader.flag(graph.parallel),
+        qkv_bias=reader.flag(graph.qkv_bias),
+        output_bias=reader.flag(graph.output_bias),
+        mlp_bias=reader.flag(graph.mlp_bias),
+        head_norm=graph.head_norm if reader.flag(graph.has_head_norm) else HeadNorm.NONE,
+        windows=windows,
+        ropes=tuple(ropes[kind] if turned else None for kind, turned in zip(kinds, rotated, strict=True)),
+        ropes_by_kind=ropes,
+        score_scale=_score_scale(reader, graph, described.head_dim),
+        score_softcap=_optional_number(reader, graph.score_softcap),
+        embedding_scale=described.hidden_size**0.5
+        if graph.embedding_multiplier == "sqrt_hidden_size"
+        else _scale(reader, graph.embedding_multiplier),
+        residual_scale=_scale(reader, graph.residual_multiplier),
+        logit_scale=_scale(reader, graph.logit_multiplier) / _scale(reader, graph.logit_divisor),
+        logit_softcap=_optional_number(reader, graph.logit_softcap),
     )
 
 
@@ -121,41 +139,46 @@ def layer_types(config: Config, spec: FamilySpec) -> tuple[str, ...]:
             return tuple(layer_list(config, spec, "layer_types"))
 
 
-def _read_rope(reader: ConfigReader) -> Rope:
-    # transformers 5 writes rope_parameters; 4.x writes rope_theta and rope_scaling beside each other.
-    written = reader.config.get("rope_parameters") or reader.config.get("rope_scaling") or {}
-    if not isinstance(written, dict):
-        raise ModelError("rope_parameters or rope_scaling in config.json is not an object")
-    kind = written.get("rope_type", written.get("type", "default"))
-    theta = float(written.get("rope_theta", reader.value("rope_theta")))
-    partial = written.get("partial_rotary_factor", reader.config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
+def _rotated_layers(reader: ConfigReader, graph: GraphSpec, windows: tuple[int | None, ...]) -> tuple[bool, ...]:
+    match graph.rotated:
+        case Rotated.ALL:
+            return (True,) * len(windows)
+        case Rotated.LISTED:
+            return tuple(entry != 0 for entry in layer_list(reader.config, reader.spec, "no_rope_layers"))
+        case Rotated.WINDOWED:
+            return tuple(window is not None for window in windows)
+        case Rotated.WINDOWED_OR_ALL:
+            return tuple(window is not None or reader.lookup("sliding_window") is None for window in windows)
+
+
+def _read_activation(reader: ConfigReader, graph: GraphSpec) -> Activation:
+    written = str(reader.value(graph.activation))
+    name = graph.activations.get(written, written)
+    if name not in _ACTIVATIONS:
         raise ModelError(
-            f"no ONNX graphs are made of {reader.spec.model_type} with partial_rotary_factor {partial}",
+            f"no ONNX graphs are made of {reader.spec.model_type} with {graph.activation} {written!r}; "
+            f"with {', '.join(_ACTIVATIONS)}",
             hint="export with --format hf",
         )
+    return _ACTIVATIONS[name]
 
-    def number(name: str) -> float:
-        if not isinstance(written.get(name), (int, float)):
-            raise ModelError(f"config.json scales its rotary embedding by {kind!r} but gives no number for {name}")
-        return float(written[name])
 
-    match kind:
-        case "default":
-            return Rope(theta=theta)
-        case "linear":
-            return Rope(theta=theta, kind=kind, factor=number("factor"))
-        case "llama3":
-            return Rope(
-                theta=theta,
-                kind=kind,
-                factor=number("factor"),
-                low_freq_factor=number("low_freq_factor"),
-                high_freq_factor=number("high_freq_factor"),
-                original_context_length=int(number("original_max_position_embeddings")),
-            )
-        case _:
-            raise ModelError(
-                f"no ONNX graphs are made with a rotary embedding of type {kind!r}; with default, linear and llama3",
-                hint="export with --format hf",
-            )
+def _score_scale(reader: ConfigReader, graph: GraphSpec, head_dim: int) -> float:
+    if graph.score_multiplier is not None:
+        return _number(reader, graph.score_multiplier)
+    return 1 / math.sqrt(head_dim if graph.query_scale is None else _number(reader, graph.query_scale))
+
+
+def _scale(reader: ConfigReader, name: str | None) -> float:
+    return 1.0 if name is None else _number(reader, name)
+
+
+def _optional_number(reader: ConfigReader, name: str | None) -> float | None:
+    return None if name is None or reader.value(name) is None else _number(reader, name)
+
+
+def _number(reader: ConfigReader, name: str) -> float:
+    value = reader.value(name)
+    if type(value) not in (int, float):
+        raise ModelError(f"{name} in config.json is {value!r}, not a number")
+    return float(value)

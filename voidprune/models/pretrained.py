@@ -13,7 +13,9 @@ from voidprune.errors import DatasetError, ModelError, RuntimeProviderError
 from voidprune.models.checkpoint import read_json
 from voidprune.models.configs import is_spelled_for_transformers_4
 from voidprune.models.families import find_family
-from voidprune.models.graph_architecture import describe_graph_architecture
+from voidprune.models.graph_architecture import GraphArchitecture, describe_graph_architecture
+from voidprune.models.layer_lists import FULL, SLIDING
+from voidprune.models.rope import Rope
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,17 +84,21 @@ def check_rotary_frequencies(model: Any, folder: Path) -> None:
     except ModelError:  # embeddings that we do not compute ourselves: what 4.x would not read is all that can go wrong
         right = transformers.__version__.split(".")[0] != "4" or is_spelled_for_transformers_4(config, spec)
     else:
-        expected = architecture.rope.inverse_frequencies(architecture.head_dim)
         right = all(
-            np.allclose(buffer.float().cpu().numpy(), expected, rtol=1e-4)
+            np.allclose(buffer.float().cpu().numpy(), _rope_of_buffer(name, architecture).frequencies, rtol=1e-4)
             for name, buffer in model.named_buffers()
-            if name.endswith("rotary_emb.inv_freq")
+            if ".rotary_emb" in name and name.endswith("inv_freq") and "original" not in name and "vision" not in name
         )
     if not right:
         raise ModelError(
             f"transformers {transformers.__version__} does not run {folder} with the rotary embedding of its config.json",
             hint="install transformers 5, or write rope_theta and rope_scaling into config.json as 4.x reads them",
         )
+
+
+def _rope_of_buffer(name: str, architecture: GraphArchitecture) -> Rope:
+    """5.x names a buffer by its kind of layer where they differ; in 4.57 that of sliding layers is `rotary_emb_local`."""
+    return architecture.ropes_by_kind[SLIDING if SLIDING in name or "rotary_emb_local" in name else FULL]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
