@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from voidprune.execution.sampling import Sampling, draw_scores, row_dice
+from voidprune.execution.sampling import Sampling, choose_tokens, draw_scores, row_dice
 
 LOGITS = np.log([[0.05, 0.5, 0.15, 0.3]])
 
@@ -33,6 +33,28 @@ def test_the_token_that_crosses_the_border_stays(top_p: float, kept: set[int]) -
     assert {token for token in range(4) if np.isfinite(scores[0, token])} == kept
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (1, 1.0, {1}),
+        (2, 1.0, {1, 3}),
+        (4, 1.0, {0, 1, 2, 3}),
+        (9, 1.0, {0, 1, 2, 3}),
+        (2, 0.6, {1}),
+        (3, 0.96, {1, 2, 3}),
+    ],
+)
+def test_top_p_counts_what_top_k_left(top_k: int, top_p: float, kept: set[int]) -> None:
+    """Of 0.5 and 0.3 the first is 0.625 of the probability, so that a top-p of 0.6 leaves it alone."""
+    scores = draw_scores(LOGITS, Sampling(1.0, top_p, top_k=top_k), [row_dice(0, "tokens", [1])])
+    assert {token for token in range(4) if np.isfinite(scores[0, token])} == kept
+
+
+def test_without_sampling_the_first_of_the_likeliest_is_chosen() -> None:
+    logits = np.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]], np.float16)
+    assert choose_tokens(logits, None, []).tolist() == [1, 0]
+
+
 def test_dice_depend_on_seed_purpose_and_prompt() -> None:
     first = row_dice(3, "tokens", [5, 6]).random(4).tolist()
     assert row_dice(3, "tokens", [5, 6]).random(4).tolist() == first
@@ -55,3 +77,8 @@ def test_dice_depend_on_seed_purpose_and_prompt() -> None:
 def test_senseless_values_are_refused(temperature: float, top_p: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(temperature, top_p)
+
+
+def test_a_top_k_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="top-k of 0 leaves no token"):
+        Sampling(1.0, top_k=0)

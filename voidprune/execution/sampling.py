@@ -18,22 +18,34 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Softmax at a temperature, cut to its most likely tokens: those before which at most `top_p` of the probability lies."""
+    """Softmax at a temperature, cut to its most likely tokens: at most `top_k` of them, and of what is then left those before
+    which at most `top_p` of the probability lies."""
 
     temperature: float
     top_p: float = 1.0
     seed: int = 0
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"a temperature of {self.temperature:g} is no number above 0")
         if not 0 < self.top_p <= 1:  # NaN is outside, too
             raise ValueError(f"a top-p of {self.top_p:g} is outside of (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"a top-k of {self.top_k} leaves no token")
 
 
 def row_dice(seed: int, purpose: str, prompt: Sequence[int]) -> np.random.Generator:
     """Random numbers of one row, for one purpose."""
     return np.random.default_rng([seed % 2**64, *purpose.encode(), *prompt])
+
+
+def choose_tokens(
+    logits_BV: np.ndarray[Any, Any], sampling: Sampling | None, dice: Sequence[np.random.Generator]
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The next token of each row, [B]: the likeliest without `sampling` (the first of equals), else a sample."""
+    scores_BV = logits_BV if sampling is None else draw_scores(logits_BV.astype(np.float64), sampling, dice)
+    return np.asarray(scores_BV.argmax(-1), np.int64)
 
 
 def draw_scores(logits_BV: Floats, sampling: Sampling, dice: Sequence[np.random.Generator]) -> Floats:
@@ -44,11 +56,26 @@ def draw_scores(logits_BV: Floats, sampling: Sampling, dice: Sequence[np.random.
     """
     scaled_BV = logits_BV / sampling.temperature
     scaled_BV = scaled_BV - scaled_BV.max(-1, keepdims=True)
+    noise_BV = np.stack([generator.gumbel(size=logits_BV.shape[-1]) for generator in dice])
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        scaled_BV = _keep_top_k(scaled_BV, sampling.top_k)
+    if sampling.top_p < 1:
+        scaled_BV = _keep_top_p(scaled_BV, sampling.top_p)
+    scores_BV: Floats = scaled_BV + noise_BV
+    return scores_BV
+
+
+def _keep_top_k(scaled_BV: Floats, top_k: int) -> Floats:
+    places_BK = np.argpartition(-scaled_BV, top_k - 1, axis=-1)[:, :top_k]
+    kept_BV = np.full_like(scaled_BV, -np.inf)
+    np.put_along_axis(kept_BV, places_BK, np.take_along_axis(scaled_BV, places_BK, -1), -1)
+    return kept_BV
+
+
+def _keep_top_p(scaled_BV: Floats, top_p: float) -> Floats:
     probabilities_BV = np.exp(scaled_BV) / np.exp(scaled_BV).sum(-1, keepdims=True)
     order_BV = np.argsort(-probabilities_BV, axis=-1, kind="stable")
     ranked_BV = np.take_along_axis(probabilities_BV, order_BV, -1)
     cut_BV = np.zeros_like(order_BV, dtype=bool)
-    np.put_along_axis(cut_BV, order_BV, ranked_BV.cumsum(-1) - ranked_BV > sampling.top_p, -1)
-    noise_BV = np.stack([generator.gumbel(size=logits_BV.shape[-1]) for generator in dice])
-    scores_BV: Floats = np.where(cut_BV, -np.inf, scaled_BV + noise_BV)
-    return scores_BV
+    np.put_along_axis(cut_BV, order_BV, ranked_BV.cumsum(-1) - ranked_BV > top_p, -1)
+    return np.where(cut_BV, -np.inf, scaled_BV)
