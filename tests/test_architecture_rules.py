@@ -37,7 +37,17 @@ RANKS = {room: rank for rank, row in enumerate(ROWS) for room in row}
 # Planning and exporting work on a machine that has neither.
 HEAVY = ("torch", "transformers")
 LIGHT_ROOMS = ("errors", "artifacts", "journal", "schedule", "models", "planning", "export", "tables", "report", "cli")
-LIGHT_MODULES = ("execution.session", "execution.manifest", "profiling.profile", "profiling.calibration")
+LIGHT_MODULES = (
+    "execution.session",
+    "execution.generation",
+    "execution.providers",
+    "execution.device_weights",
+    "execution.integrity",
+    "execution.sampling",
+    "execution.manifest",
+    "profiling.profile",
+    "profiling.calibration",
+)
 # `objectives` runs models, so it is not among them.
 EXCEPTIONS = ("planning.objectives",)
 

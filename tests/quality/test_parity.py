@@ -15,8 +15,9 @@ import safetensors.torch
 
 from tests.conftest import Bundle, MakeBundle
 from tests.tiny_models import NUM_LAYERS, TRANSFORMERS, TinyModel, spell_for_transformers_4
+from voidprune.artifacts import file_hash
 from voidprune.errors import ParityError
-from voidprune.execution.manifest import Parity
+from voidprune.execution.manifest import FILE, Parity
 from voidprune.execution.reference import scheduled
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
@@ -52,12 +53,15 @@ def check(bundle: Bundle) -> Parity:
 
 
 def rewrite_graphs(bundle: Bundle, schedule: Schedule, *, config: dict[str, Any] | None = None) -> None:
-    """Graphs as they would be for another schedule or another config, over the same weights."""
+    """Graphs as an author gone wrong would have written them, for another schedule or another config, over the same weights."""
     slim = open_checkpoint(bundle.folder)
     slim = Checkpoint(slim.folder, slim.name, {**slim.config, **(config or {})}, slim.tensors)
     renumbered = schedule.on_slim_model(slim.identity)
     save_graph(author_prefill(slim, renumbered), bundle.folder / "prefill.onnx")
     save_graph(author_decode(slim, renumbered), bundle.folder / "decode.onnx")
+    document = json.loads((bundle.folder / FILE).read_text())
+    document["files"] |= {name: file_hash(bundle.folder / name) for name in ("prefill.onnx", "decode.onnx")}
+    (bundle.folder / FILE).write_text(json.dumps(document))
 
 
 def change_number(bundle: Bundle, name: str, *, add: float) -> None:

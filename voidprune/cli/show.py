@@ -13,15 +13,23 @@ from voidprune.cli.output import print_tables
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Of an exported folder: read every file and compare it with its hash.")
 @json_option
-def show(path: Path, as_json: bool) -> None:
+def show(path: Path, verify: bool, as_json: bool) -> None:
     """Show a profile, schedule, evaluation, benchmark or exported folder.
 
     \b
       voidprune show profile.json
+      voidprune show slim --verify
     """
     from voidprune import report
 
+    if verify:
+        from voidprune.execution.integrity import check_files
+        from voidprune.execution.manifest import read_manifest
+
+        check_files(path, read_manifest(path), verify_hashes=True)
+        click.echo("all files are as they were exported", err=True)
     document, tables = report.describe(path)
     if as_json:
         click.echo(json.dumps(document, indent=2, sort_keys=True))

@@ -2,64 +2,75 @@
 
 Token ids in, logits and token ids out; texts are the business of the caller. Neither torch nor transformers is imported.
 
-Both graphs read their weights from the same safetensors files. On the CPU in float32 onnxruntime maps them, and with
-packing switched off neither session makes a copy of its own. Past and present K/V are one buffer, so a step writes only what is
-new. Rows whose prompts differ in length are prefilled one by one, straight into their place in the buffers, and decoded
-together; nothing is ever padded.
+Both graphs read the same weights; how that is one copy in memory is told in `providers.py`, and the loop of generation stands in
+`generation.py`. Past and present K/V are one buffer on the device of the sessions, so a step writes only what is new, and of a
+step only logits come to the host. Rows whose prompts differ in length are prefilled one by one, straight into their place in the
+buffers, and decoded together; nothing is ever padded.
 
 Shapes: B rows, T new tokens, M positions of the buffers, N K/V heads, H head size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from voidprune.errors import CheckpointError, ContextLengthError, ModelError, RuntimeProviderError
+from voidprune.errors import ContextLengthError, ModelError, RuntimeProviderError
+from voidprune.execution.generation import Responses
+from voidprune.execution.integrity import check_files
 from voidprune.execution.manifest import Manifest, read_manifest
-from voidprune.models.checkpoint import read_header, weights_hash
+from voidprune.execution.providers import open_sessions
+from voidprune.execution.sampling import Sampling
 from voidprune.schedule import Boundary, Phase
 
 Array = np.ndarray[Any, Any]
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LOGIT_VALUES = 2**24
 """Logits that one step of scoring makes at most: 64 MiB in float32, twice that while they are worked on in float64."""
-_NUMPY_DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_HOST_DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": ml_dtypes.bfloat16,
+}
 
 
 class BundleSession:
-    """An exported bundle, loaded. `start` gives a conversation; `generate` and `score` are whole tasks."""
+    """An exported bundle, loaded. `start` gives a conversation; `generate` and `score` are whole tasks.
 
-    def __init__(self, folder: Path, *, provider: str = "cpu") -> None:
-        """Raises ModelError, CheckpointError (weights damaged), RuntimeProviderError (provider absent or unable)."""
+    `weight_copies` and `device_bytes` are those of `providers.OpenSessions`.
+    """
+
+    def __init__(self, folder: Path, *, provider: str = "cpu", verify_hashes: bool = False) -> None:
+        """Raises ModelError, CheckpointError and ArtifactError (files damaged), RuntimeProviderError (provider absent or unable).
+
+        With `verify_hashes` every file is read and compared with its hash, not only sizes, headers and graphs.
+        """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         if not self.manifest.graphs:
             raise ModelError(f"{folder} holds no ONNX graphs", hint="export it with --format onnx")
-        _check_weights(folder, self.manifest)
+        check_files(folder, self.manifest, verify_hashes=verify_hashes)
         self.provider = provider
-        self.sessions = {
-            phase: _open_session(folder / graph.file, provider=provider, dtype=self.manifest.dtype)
-            for phase, graph in self.manifest.graphs.items()
-        }
+        opened = open_sessions(folder, self.manifest, provider=provider)
+        self.weight_copies, self.device_bytes = opened.weight_copies, opened.device_bytes
+        self._weights = opened.weights
+        self.sessions = {phase: opened.by_file[graph.file] for phase, graph in self.manifest.graphs.items()}
         self.boundary = self.manifest.schedule.boundary
-        decode = self.sessions[Phase.DECODE]
-        if decode.get_outputs()[0].type not in _NUMPY_DTYPES:
+        self.last_only = {phase: session.get_outputs()[0].shape[1] == 1 for phase, session in self.sessions.items()}
+        logits = self.sessions[Phase.DECODE].get_outputs()[0]
+        if logits.type not in _HOST_DTYPES:
             raise RuntimeProviderError(
-                f"this runner has no host type for logits of {decode.get_outputs()[0].type}",
-                hint="export with --precision fp16 or fp32, or run the folder in onnxruntime-genai",
+                f"this runner has no host type for logits of {logits.type}", hint="export with --precision fp16 or fp32"
             )
-        self.vocab_size = int(decode.get_outputs()[0].shape[-1])
-        self.dtype = _NUMPY_DTYPES[decode.get_outputs()[0].type]
+        self.vocab_size = int(logits.shape[-1])
+        self.dtype = np.dtype(_HOST_DTYPES[logits.type])
 
     def start(self, num_rows: int = 1, *, max_positions: int) -> Conversation:
-        """Empty K/V buffers for `num_rows` token sequences of at most `max_positions` tokens each."""
+        """Empty K/V buffers for `num_rows` token sequences of at most `max_positions` tokens each. Raises ContextLengthError."""
         if max_positions > self.manifest.context_length:
             raise ContextLengthError(
                 f"{max_positions} tokens are asked for; the model's context is {self.manifest.context_length}",
@@ -73,32 +84,25 @@ class BundleSession:
         *,
         max_new_tokens: int,
         end_tokens: Sequence[int] = (),
+        sampling: Sampling | None = None,
     ) -> list[list[int]]:
-        """Greedy responses, each up to and including its end token. Rows are decoded together."""
-        conversation = self.start(len(prompts), max_positions=max(map(len, prompts)) + max_new_tokens)
+        """Responses, each up to and including its end token; greedy without `sampling`. Rows are decoded together."""
         responses: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        tokens_B = conversation.prefill(prompts).argmax(-1)
-        for step in range(max_new_tokens):
-            if step:
-                tokens_B = conversation.decode(tokens_B[:, np.newaxis])[:, -1].argmax(-1)
-            for row in sorted(running):
-                responses[row].append(int(tokens_B[row]))
-            running = {row for row in running if responses[row][-1] not in end_tokens}
-            if not running:
-                break
+        for row, token in self.stream(prompts, max_new_tokens=max_new_tokens, end_tokens=end_tokens, sampling=sampling):
+            responses[row].append(token)
         return responses
 
-    def stream(self, prompt: Sequence[int], *, max_new_tokens: int, end_tokens: Sequence[int] = ()) -> Iterator[int]:
-        """The greedy response to one prompt, token by token, up to and including its end token."""
-        conversation = self.start(max_positions=len(prompt) + max_new_tokens)
-        token = int(conversation.prefill([prompt])[0].argmax())
-        for step in range(max_new_tokens):
-            if step:
-                token = int(conversation.decode(np.array([[token]]))[0, -1].argmax())
-            yield token
-            if token in end_tokens:
-                return
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        end_tokens: Sequence[int] = (),
+        sampling: Sampling | None = None,
+    ) -> Responses:
+        """The same, a token at a time. Raises ContextLengthError and ModelError before anything is run."""
+        conversation = self.start(len(prompts), max_positions=max(map(len, prompts)) + max_new_tokens)
+        return Responses(conversation, prompts, max_new_tokens=max_new_tokens, end_tokens=end_tokens, sampling=sampling)
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
@@ -138,22 +142,34 @@ class BundleSession:
 
 
 class Conversation:
-    """K/V buffers of some token sequences, and how much of each is filled. Made by `BundleSession.start`."""
+    """K/V buffers of some token sequences, and the `tokens` of each that are in them. Made by `BundleSession.start`."""
 
     def __init__(self, session: BundleSession, *, num_rows: int, max_positions: int) -> None:
         self.session = session
         self.max_positions = max_positions
-        self.lengths = [0] * num_rows
+        self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.buffers: dict[str, ort.OrtValue] = {}
         for running in session.sessions.values():
             for argument in running.get_inputs():
                 if argument.name.startswith("past_key_values.") and argument.name not in self.buffers:
                     _, num_kv_heads, _, head_dim = argument.shape
                     shape = [num_rows, num_kv_heads, max_positions, head_dim]
+                    # Zeros of any type are zero bytes, and numpy has no bfloat16 that onnxruntime takes.
+                    bits = np.dtype(f"u{session.dtype.itemsize}")
                     self.buffers[argument.name] = ort.OrtValue.ortvalue_from_numpy(
-                        np.zeros(shape, session.dtype), session.provider
+                        np.zeros(shape, bits), session.provider
                     )
         self._bindings: dict[tuple[Phase, int, int], ort.IOBinding] = {}
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row has."""
+        return [len(row) for row in self.tokens]
+
+    def rewind(self, length: int) -> None:
+        """Forget what stands behind the first `length` tokens of each row."""
+        for row in self.tokens:
+            del row[length:]
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Process one prompt a row, behind what is there already. Returns the logits of the last tokens, [B, V].
@@ -178,11 +194,16 @@ class Conversation:
     def _prefill_rows(self, tokens_BT: Array, rows: slice) -> Array:
         is_decode_step = self.session.boundary is Boundary.DECODE and tokens_BT.shape[1] == 1
         phase = Phase.DECODE if is_decode_step else Phase.PREFILL
-        return self._run(phase, tokens_BT, rows)[:, -1]
+        size = tokens_BT.shape[1]
+        if not self.session.last_only[phase]:  # one graph for both phases, which makes logits of every token
+            size = max(1, LOGIT_VALUES // (len(tokens_BT) * self.session.vocab_size))
+        for start in range(0, tokens_BT.shape[1], size):
+            logits_BTV = self._run(phase, tokens_BT[:, start : start + size], rows)
+        return logits_BTV[:, -1]
 
     def decode(self, tokens_BT: Array) -> Array:
         """Process T generated tokens a row. Returns the logits after each, [B, T, V]. Raises ContextLengthError."""
-        if tokens_BT.shape[1] == 1 or len(self.lengths) == 1:
+        if tokens_BT.shape[1] == 1 or len(self.tokens) == 1:
             return self._run(Phase.DECODE, tokens_BT, slice(0, len(tokens_BT)))
         rows = [self._run(Phase.DECODE, tokens_BT[row : row + 1], slice(row, row + 1)) for row in range(len(tokens_BT))]
         return np.concatenate(rows)
@@ -196,15 +217,15 @@ class Conversation:
                 hint="start the conversation with more positions",
             )
         mask_BS = (np.arange(max(lengths)) < np.array(lengths)[:, np.newaxis]).astype(np.int64)
-        logits = np.empty(
-            (num_rows, 1 if phase is Phase.PREFILL else num_tokens, self.session.vocab_size), self.session.dtype
-        )
+        num_logits = 1 if self.session.last_only[phase] else num_tokens
+        logits = np.empty((num_rows, num_logits, self.session.vocab_size), self.session.dtype)
         binding = self._binding(phase, rows)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens_BT, np.int64))
         binding.bind_cpu_input("attention_mask", mask_BS)
-        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, element_type(logits.dtype), logits.shape, logits.ctypes.data)
         self.session.sessions[phase].run_with_iobinding(binding)
-        self.lengths[rows] = lengths
+        for row, tokens in zip(self.tokens[rows], tokens_BT.tolist(), strict=True):
+            row += tokens
         return logits
 
     def _binding(self, phase: Phase, rows: slice) -> ort.IOBinding:
@@ -222,7 +243,7 @@ class Conversation:
                 place = (
                     self.session.provider,
                     0,
-                    self.session.dtype,
+                    element_type(self.session.dtype),
                     shape,
                     buffer.data_ptr() + rows.start * row_bytes,
                 )
@@ -232,62 +253,13 @@ class Conversation:
         return self._bindings[key]
 
 
+def element_type(dtype: np.dtype[Any]) -> Any:
+    """A dtype as `IOBinding` takes it: numpy's own as it is, bfloat16 by its number in ONNX."""
+    return 16 if dtype == ml_dtypes.bfloat16 else dtype.type
+
+
 def _log_softmax(logits_TV: Array) -> Array:
     """In place, in the dtype of the logits."""
     logits_TV -= logits_TV.max(-1, keepdims=True)
     logits_TV -= np.log(np.exp(logits_TV).sum(-1, keepdims=True))
     return logits_TV
-
-
-def size_thread_pool(threads: int) -> None:
-    """Set how many threads all sessions of this process share; by default onnxruntime takes one a core.
-
-    Two sessions with pools of their own would fight for the cores, because a pool that waits for work spins. Raises
-    RuntimeProviderError once a session was opened: then the pool is there.
-    """
-    try:
-        ort.set_global_thread_pool_sizes(threads, 1)
-    except Fail as error:
-        raise RuntimeProviderError(
-            "onnxruntime has its threads already", hint="set their number before the first session is opened"
-        ) from error
-
-
-def _check_weights(folder: Path, manifest: Manifest) -> None:
-    for name in manifest.weight_files:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}", hint="export the model again")
-        read_header(folder / name)
-    if weights_hash(folder) != manifest.weights_header:
-        raise CheckpointError(
-            f"the header of the weights in {folder} is not the one that the graphs were written for",
-            hint="export the model again",
-        )
-
-
-def _open_session(path: Path, *, provider: str, dtype: str) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    with contextlib.suppress(Fail):  # the process has its pool already
-        ort.set_global_thread_pool_sizes(0, 1)
-    options.use_per_session_threads = False
-    if provider == "cpu" and dtype == "F32":
-        # Packing copies every matrix, once a session; without it both sessions use the mapped file.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    if provider == "cuda":
-        ort.preload_dlls()
-    wanted = PROVIDERS[provider]
-    providers = [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
-    try:
-        session = ort.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # onnxruntime's errors share no narrower public base class
-        reason = str(error).strip().splitlines()[0]
-        raise RuntimeProviderError(
-            f"onnxruntime cannot load {path.name} on {provider}: {reason}",
-            hint="onnxruntime has no bf16 kernels for the CPU: export with --precision fp32, or use --provider cuda",
-        ) from error
-    if session.get_providers()[0] != wanted:  # onnxruntime falls back to the CPU with a log line only
-        raise RuntimeProviderError(
-            f"onnxruntime has no working {wanted} here", hint="pip install 'voidprune[cuda]', or use --provider cpu"
-        )
-    return session

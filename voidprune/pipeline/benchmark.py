@@ -8,7 +8,7 @@ from pathlib import Path
 from voidprune import artifacts
 from voidprune.errors import ModelError
 from voidprune.execution.manifest import Manifest, is_bundle, read_manifest
-from voidprune.execution.session import size_thread_pool
+from voidprune.execution.providers import size_thread_pool
 from voidprune.models.checkpoint import precision_name
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.models import default_provider, open_model

@@ -81,7 +81,7 @@ def run_benchmark(
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Benchmark:
-    """Time bundles against the first of them. `threads` is recorded only: see `session.size_thread_pool`.
+    """Time bundles against the first of them. `threads` is recorded only: see `providers.size_thread_pool`.
 
     Raises what `BundleSession` raises, and ContextLengthError.
     """
