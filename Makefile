@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench-profile bench-export install clean
+.PHONY: demo test check bench-profile bench-export bench-memory install clean
 
 demo: .venv/installed
 	$(BIN)/voidprune demo --output out/demo --overwrite
@@ -21,6 +21,10 @@ bench-profile: .venv/installed
 # 15 GB of random weights are generated, and removed again; BENCH='--layers 4' for less.
 bench-export: .venv/installed
 	$(BIN)/python benchmarks/export.py $(BENCH)
+
+# Memory of both sessions beside one; BENCH=--full for all of the shape of Qwen2.5-0.5B (2 GB, twice on disk).
+bench-memory: .venv/installed
+	$(BIN)/python benchmarks/memory.py $(BENCH)
 
 install: .venv/installed
 

@@ -1,0 +1,184 @@
+"""How much memory do both sessions of a bundle take together, beside one session alone? `make bench-memory`.
+
+Generates a float32 checkpoint of the shape of Qwen2.5-0.5B with random weights (--full for all of it, 2 GB; by default fewer
+layers and a smaller vocabulary), exports it, and runs children in turns: one loads the decode graph alone and runs prompt and
+response through it, the other loads both graphs. Measured in each child after it has answered: its proportional set size (PSS:
+pages that a process maps twice count once) and the part of it that is mapped from no file. Both are above a child that imported
+the same and loaded nothing, so that Python and the libraries do not count; activations, tables and K/V do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 24,
+    "max_window_layers": 24,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+SMALL = {"num_hidden_layers": 6, "max_window_layers": 6, "vocab_size": 32000}
+MOST = 1.05
+"""What both sessions may take, as a multiple of one."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--full", action="store_true", help="All 24 layers and the whole vocabulary: 2 GB, twice on disk."
+    )
+    parser.add_argument("--directory", type=Path, help="Where to work; default: the temporary directory.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", nargs="*", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        print(json.dumps(answer_and_measure(arguments.measure)))
+        return
+    with tempfile.TemporaryDirectory(prefix="voidprune-bench-", dir=arguments.directory) as folder:
+        measure(Path(folder), arguments)
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> None:
+    both = export(folder / "both", CONFIG if arguments.full else {**CONFIG, **SMALL})
+    folders = {"both": [both], "one": [decode_graph_alone(both, folder / "one")], "nothing": []}
+    found: dict[str, list[dict[str, int]]] = {name: [] for name in folders}
+    for _ in range(arguments.rounds):
+        for name, bundles in folders.items():
+            command = [sys.executable, __file__, "--measure", *map(str, bundles)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            found[name].append(json.loads(done.stdout))
+    taken = {
+        name: {key: int(statistics.median(run[key] for run in runs)) for key in runs[0]} for name, runs in found.items()
+    }
+    above = {name: {key: taken[name][key] - taken["nothing"][key] for key in taken[name]} for name in ("one", "both")}
+    ratio = above["both"]["pss_bytes"] / above["one"]["pss_bytes"]
+    result = {
+        "weight_bytes": (both / "model.safetensors").stat().st_size,
+        "one_session": above["one"],
+        "both_sessions": above["both"],
+        "ratio": round(ratio, 4),
+        "process_without_a_session": taken["nothing"],
+        "rounds": arguments.rounds,
+        "machine": f"{os.cpu_count()} cores, {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB memory",
+    }
+    print(json.dumps(result, indent=2))
+    if ratio > MOST:
+        sys.exit(f"missed: both sessions take {ratio:.3f} times the memory of one; {MOST} is allowed")
+
+
+def export(folder: Path, config: dict[str, Any]) -> Path:
+    """A bundle of random weights whose prefill writes K/V only in its upper half, so that the graphs differ."""
+    from voidprune.export.bundle import export_bundle
+    from voidprune.models.checkpoint import open_checkpoint
+    from voidprune.schedule import LayerAction, Schedule
+
+    source = folder.with_name(f"{folder.name}-source")
+    write_checkpoint(source, config)
+    checkpoint = open_checkpoint(source)
+    layers = checkpoint.identity.num_layers
+    half = (layers + 1) // 2
+    schedule = Schedule(
+        model=checkpoint.identity,
+        prefill=(LayerAction.FULL,) * half + (LayerAction.KV_ONLY,) * (layers - half),
+        decode=(LayerAction.FULL,) * layers,
+    )
+    export_bundle(checkpoint, schedule, folder, verify=lambda _: None, max_shard_bytes=10**12)
+    return folder
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    import numpy as np
+
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }.items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+            if name[-6:] in ("q_proj", "k_proj", "v_proj"):
+                shapes[f"model.layers.{layer}.{name}.bias"] = shape[:1]
+    shapes["model.norm.weight"] = (hidden,)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    encoded = json.dumps(header).encode()
+    random = np.random.default_rng(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for shape in shapes.values():
+            file.write((random.standard_normal(shape, np.float32) * np.float32(0.02)).data)
+
+
+def decode_graph_alone(bundle: Path, folder: Path) -> Path:
+    """The same weights with one graph for both phases: one session."""
+    from voidprune import artifacts
+    from voidprune.execution import manifest as manifests
+    from voidprune.schedule import Phase
+
+    folder.mkdir()
+    for file in bundle.iterdir():
+        if file.name != manifests.FILE:
+            os.link(file, folder / file.name)
+    manifest = manifests.read_manifest(bundle)
+    decode = manifest.graphs[Phase.DECODE]
+    single = replace(manifest, graphs=dict.fromkeys(Phase, decode))
+    artifacts.write_file(folder / manifests.FILE, artifacts.canonical_bytes(single.to_document()))
+    return folder
+
+
+def answer_and_measure(bundles: list[Path]) -> dict[str, int]:
+    """In a process of its own. Every bundle stays loaded."""
+    from voidprune.execution.session import BundleSession
+
+    sessions = [BundleSession(bundle) for bundle in bundles]
+    for session in sessions:
+        session.generate([[5] * 32], max_new_tokens=8)
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    found = {}
+    for key, name in (("Pss", "pss_bytes"), ("Anonymous", "anonymous_bytes")):
+        kilobytes = re.search(rf"^{key}:\s+(\d+) kB", rollup, re.MULTILINE)
+        assert kilobytes is not None
+        found[name] = int(kilobytes[1]) * 1024
+    return found
+
+
+if __name__ == "__main__":
+    main()
