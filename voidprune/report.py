@@ -156,7 +156,7 @@ def _summary(findings: Findings) -> list[tuple[str, str, str]]:
         for phase in Phase:
             rows.append((f"layers run in {phase}", str(schedule.num_executed(phase)), f"of {schedule.num_layers}"))
     if (manifest := findings.manifest) is not None:
-        size = tables.format_bytes(manifest.weight_bytes)
+        size = tables.format_bytes(manifest.graph_weight_bytes)
         rows.append(("weights", size, f"of {tables.format_bytes(manifest.source_bytes)}"))
     if findings.evaluation is not None:
         first, last = findings.evaluation["runners"][0], findings.evaluation["runners"][-1]

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from voidprune.execution.manifest import Manifest
+from voidprune.execution.manifest import Fidelity, Manifest
 from voidprune.models.sizes import ModelSizes
 from voidprune.planning import intervals
 from voidprune.planning.costs import PROMPT_LENGTH, baseline_costs, schedule_costs
@@ -522,15 +522,38 @@ def manifest_table(manifest: Manifest) -> Table:
         or "none",
         "written by": manifest.written_by,
     }
+    if (quantization := manifest.quantization) is not None:
+        rows |= {
+            "weights of the graphs": f"{format_bytes(manifest.graph_weight_bytes)} {quantization.precision}, "
+            f"{quantization.average_bits:.3g} bits a weight of the layers, in blocks of {quantization.block_size}"
+            f"{' with zero points' if quantization.zero_points else ''}",
+            "error of weights": f"{quantization.weight_error:.2%}",
+            "beside unpacked weights": describe_fidelity(quantization.fidelity),
+        }
     if manifest.parity is not None:
         parity = manifest.parity
         onnx = "" if parity.onnx is None else f", graphs {parity.onnx:.2g}"
-        rows["difference from reference"] = f"checkpoint {parity.hf:.2g}{onnx} (allowed {parity.tolerance:.2g})"
+        hf = "" if parity.hf is None else f"checkpoint {parity.hf:.2g}"
+        rows["difference from reference"] = (
+            f"{hf}{onnx if hf else onnx.removeprefix(', ')} (allowed {parity.tolerance:.2g})"
+        )
+        if parity.rounded is not None:
+            rows["with activations in 8 bits"] = f"graphs {parity.rounded:.2g} (allowed {parity.rounded_tolerance:.2g})"
     else:
         rows["difference from reference"] = "not verified: nobody ran it"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def describe_fidelity(fidelity: Fidelity | None) -> str:
+    """What packing changed, in one line."""
+    if fidelity is None:
+        return "not measured: the model could not answer prompts where it was exported"
+    return (
+        f"perplexity x {fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.4f} nats, same likeliest token {fidelity.top1:.1%} "
+        f"({fidelity.num_tokens:,} tokens)"
+    )
 
 
 def format_bytes(count: float) -> str:

@@ -23,15 +23,8 @@ from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
 from voidprune.export.onnx_graph import author_decode, author_prefill, save_graph
 from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint, read_header
-from voidprune.quality.parity import (
-    TOLERANCE,
-    check_bundle,
-    check_layers,
-    make_scripts,
-    run_reference,
-    run_session,
-    verify_bundle,
-)
+from voidprune.quality.driving import TOLERANCE, make_scripts, run_reference, run_session
+from voidprune.quality.parity import check_bundle, check_layers, verify_bundle
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, full_schedule
 
 A = LayerAction

@@ -10,12 +10,16 @@ from click.core import ParameterSource
 
 from voidprune.cli.evaluate import gate_export
 from voidprune.cli.options import (
+    SAMPLE_OPTIONS,
     budget_options,
+    check_packing_options,
     gate_options,
     json_option,
     output_option,
     output_target,
     overwrite_option,
+    packing_options,
+    packing_request,
     plan_request,
     provider_option,
     quiet_option,
@@ -34,7 +38,6 @@ from voidprune.cli.plan import print_plan
 @click.option(
     "--format", "formats", type=click.Choice(["hf", "onnx"]), multiple=True, help="Default: all that the family has."
 )
-@click.option("--precision", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
 @click.option(
     "--ops",
     "operators",
@@ -43,6 +46,14 @@ from voidprune.cli.plan import print_plan
     show_default=True,
     help="Operators of the graphs: onnxruntime's fused ones, or those of the ONNX standard alone.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["keep", "fp32", "fp16", "bf16", "int8", "int4", "mixed"]),
+    default="keep",
+    show_default=True,
+    help="Of the weights; int8, int4 and mixed (layers that matter most in 8 bits) of the graphs' alone.",
+)
+@packing_options
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file, such as 5GB or 500MB.")
 @click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result to the Hugging Face Hub, as private.")
 @click.option("--public", is_flag=True, help="Let the whole world see what is pushed.")
@@ -68,6 +79,10 @@ def export(
     formats: tuple[str, ...],
     precision: str,
     operators: str,
+    block_size: str,
+    zero_points: bool,
+    activations: str,
+    bits: float | None,
     min_scores: tuple[tuple[str | None, float], ...],
     max_ppl_ratio: float | None,
     eval_tasks: str,
@@ -92,6 +107,7 @@ def export(
 
     \b
       voidprune export MODEL -o slim --keep 0.3
+      voidprune export MODEL -o small --keep 0.5 --precision int4
       voidprune export MODEL -o fast --goal fast-prompt --dataset prompts.jsonl
     """
     from voidprune import artifacts
@@ -99,6 +115,7 @@ def export(
     from voidprune.export.hf_checkpoint import parse_shard_size
     from voidprune.export.publishing import check_push_target, push_bundle
     from voidprune.models.checkpoint import PRECISIONS
+    from voidprune.models.packed import PACKED_PRECISIONS
     from voidprune.models.sizes import measure_sizes
     from voidprune.pipeline.export import default_formats, export_model
     from voidprune.pipeline.models import open_kept_layers, open_model
@@ -110,8 +127,12 @@ def export(
     target = output_target(output, dry_run=dry_run)
     if target is not None:
         artifacts.check_output_folder(target, overwrite=overwrite, marker=FILE)
+    packed = precision in PACKED_PRECISIONS
+    check_packing_options(context, precision)
     if schedule_file is not None:
         for name in (*options, "profile_file"):
+            if packed and name in SAMPLE_OPTIONS:
+                continue
             if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
                 option = "--" + name.removesuffix("_file").replace("_", "-")
                 raise click.UsageError(f"--schedule says all about the layers; it does not go with {option}")
@@ -123,6 +144,10 @@ def export(
         raise click.UsageError("--public says how to push; it goes with --push-to-hub")
     if repo is not None and target is not None:
         check_push_target(repo, public=public)
+    packing = None
+    if packed:
+        packing = packing_request(precision, block_size, zero_points, activations, bits, options)
+        precision = "keep"
     request = None if schedule_file is not None else plan_request(seed=seed, **options)
     runs_model = request is not None and request.runs_model(has_profile=profile_file is not None)
     checkpoint = open_model(model) if runs_model else open_kept_layers(model)
@@ -159,6 +184,7 @@ def export(
         formats=formats,
         precision=precision,
         operators=operators,
+        packing=packing,
         max_shard_bytes=max_shard_bytes,
         provider=provider,
         overwrite=overwrite,

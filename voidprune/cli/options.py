@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from voidprune.planning.budgets import Budget, parse_amount, parse_layers
 from voidprune.planning.criteria import CRITERIA
@@ -16,6 +17,7 @@ from voidprune.planning.search import GOALS, SEARCHES
 if TYPE_CHECKING:
     from voidprune.pipeline.gates import Gates
     from voidprune.pipeline.plan import PlanRequest
+    from voidprune.pipeline.precision import PackingRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -130,6 +132,59 @@ trial_options = _together(
         click.option("--device", help='Torch device. Default: "cuda" where there is one, else "cpu".'),
     ]
 )
+
+SAMPLE_OPTIONS = ("dataset", "responses", "num_samples", "max_new_tokens", "batch_size")
+"""Those of `trial_options` that say on what packed weights are measured, too."""
+
+packing_options = _together(
+    [
+        click.option(
+            "--block-size",
+            type=click.Choice(["32", "128"]),
+            default="32",
+            show_default=True,
+            help="Weights that share a scale, in int8, int4 and mixed.",
+        ),
+        click.option("--zero-points", is_flag=True, help="There, a zero point for every block as well."),
+        click.option(
+            "--activations",
+            type=click.Choice(["int8", "fp32"]),
+            default="int8",
+            show_default=True,
+            help="There, what products round the other factor to: fast, or exact.",
+        ),
+        click.option("--bits", type=float, help="Of an average weight of the layers, in mixed.  [default: 5]"),
+    ]
+)
+
+
+def check_packing_options(context: click.Context, precision: str) -> None:
+    """Raise UsageError where an option of `packing_options` does not go with the precision."""
+    from voidprune.models.packed import PACKED_PRECISIONS
+
+    for name in ("block_size", "zero_points", "activations", "bits"):
+        wanted = ("mixed",) if name == "bits" else PACKED_PRECISIONS
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT and precision not in wanted:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{option} goes with --precision {' or '.join(wanted)}")
+
+
+def packing_request(
+    precision: str, block_size: str, zero_points: bool, activations: str, bits: float | None, options: Mapping[str, Any]
+) -> PackingRequest:
+    """The options of `packing_options`, to be measured on the samples that `options`, of `trial_options`, ask for."""
+    from voidprune.pipeline.plan import Calibrated
+    from voidprune.pipeline.precision import PackingRequest
+
+    return PackingRequest(
+        precision=precision,
+        block_size=int(block_size),
+        zero_points=zero_points,
+        activations=activations,
+        average_bits=5.0 if bits is None else bits,
+        calibrated=Calibrated(**{name: options[name] for name in SAMPLE_OPTIONS}),
+    )
+
 
 calibration_options = _together(
     [

@@ -9,11 +9,13 @@ from typing import Any
 
 from voidprune import artifacts
 from voidprune.errors import ArtifactError, ModelError
-from voidprune.models.checkpoint import FLOAT_DTYPES
+from voidprune.models.checkpoint import FLOAT_DTYPES, precision_name
+from voidprune.models.packed import BITS, BLOCK_SIZES, PACKED_PRECISIONS, packed_file
 from voidprune.schedule import Phase, Schedule
 
 FILE = "voidprune.json"
 KIND, VERSION = "bundle", 1
+ACTIVATIONS = ("int8", "fp32")
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,98 @@ class Parity:
     tolerance that it had to stay within. `onnx` is None where no graph was written. With `layer_streamed`, source and
     checkpoint were too large for the memory: decoder layers were loaded one at a time, for one pass over prompts and
     responses without a cache.
+
+    `hf` is None where the folder holds no weights for transformers. The reference of graphs with packed matrices runs with what
+    these matrices mean. `rounded` is the difference of graphs that round activations to 8 bits, `rounded_tolerance` what that
+    had to stay within: twice the difference that the same rounding makes in the reference; `onnx` is then that of the same
+    graphs without rounding.
     """
 
-    hf: float
+    hf: float | None
     onnx: float | None
     tolerance: float
     num_prompts: int
     num_decode_steps: int
     layer_streamed: bool = False
+    rounded: float | None = None
+    rounded_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.layer_streamed) is not bool:
             raise ValueError(f"layer_streamed is {self.layer_streamed!r}")
-        numbers = (self.hf, self.tolerance, self.num_prompts, self.num_decode_steps)
-        if not all(type(number) in (int, float) for number in (*numbers, self.onnx or 0)):
+        numbers = (self.tolerance, self.num_prompts, self.num_decode_steps)
+        optional = (self.hf, self.onnx, self.rounded, self.rounded_tolerance)
+        if not all(type(number) in (int, float) for number in (*numbers, *(number or 0 for number in optional))):
             raise ValueError("a figure of the parity is not a number")
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What packing changed: the graphs beside the same schedule with weights that are not packed, on `num_tokens` response tokens.
+
+    `top1`: share of tokens on which both find the same token likeliest; `kl`: mean KL(not packed || packed), in nats;
+    `perplexity_ratio`: perplexity of the responses, as a multiple of that without packing.
+    """
+
+    top1: float
+    kl: float
+    perplexity_ratio: float
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) not in (int, float):
+                raise ValueError(f"{name} is {value!r}")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the matrices that the graphs read are packed, into `model.{precision}.safetensors`.
+
+    `layer_bits[i]`: bits of attention and of MLP in layer i of the checkpoint; `head_bits`: of embedding and head. `activations`:
+    "int8" where products round what they multiply with the matrices, block by block, else "fp32". `weight_error`: root of the
+    mean square error of all matrices over that of their weights; `average_bits`: of a weight of the layers' matrices, scales and
+    zero points not counted.
+    """
+
+    precision: str
+    block_size: int
+    zero_points: bool
+    layer_bits: tuple[tuple[int, int], ...]
+    head_bits: int
+    activations: str
+    average_bits: float
+    weight_error: float
+    fidelity: Fidelity | None = None
+
+    @property
+    def file(self) -> str:
+        return packed_file(self.precision)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        bits = [self.head_bits, *(number for pair in self.layer_bits for number in pair)]
+        for name, valid in (
+            ("precision", self.precision in PACKED_PRECISIONS),
+            ("block_size", self.block_size in BLOCK_SIZES),
+            ("zero_points", type(self.zero_points) is bool),
+            ("layer_bits", all(number in BITS for number in bits) and all(len(pair) == 2 for pair in self.layer_bits)),
+            ("activations", self.activations in ACTIVATIONS),
+            ("average_bits", type(self.average_bits) in (int, float)),
+            ("weight_error", type(self.weight_error) in (int, float)),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)!r}")
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Quantization:
+        fidelity = document["fidelity"]
+        values = {
+            **document,
+            "layer_bits": tuple(map(tuple, document["layer_bits"])),
+            "fidelity": None if fidelity is None else Fidelity(**fidelity),
+        }
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -57,6 +136,7 @@ class Manifest:
     weights, `source_revision` its commit where it was fetched from the Hub piece by piece; `weights_header` is the SHA-256 of
     the headers of ours (see `checkpoint.weights_hash`); `files` maps each file to its SHA-256, `sizes` to its bytes. `operators`
     is the operator set of the graphs: "ort" or "standard".
+    `dtype` is that of the weights for transformers; with a `quantization`, the graphs read packed matrices and compute in float32.
     """
 
     schedule: Schedule
@@ -74,6 +154,7 @@ class Manifest:
     written_by: str
     source_revision: str | None = None
     operators: str = "ort"
+    quantization: Quantization | None = None
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -83,6 +164,30 @@ class Manifest:
     def weight_bytes(self) -> int:
         return sum(self.sizes[name] for name in self.weight_files)
 
+    @property
+    def precision(self) -> str:
+        """Of the weights that the graphs read, as the command line names it."""
+        return precision_name(self.dtype) if self.quantization is None else self.quantization.precision
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether transformers finds weights in the folder."""
+        return self.quantization is None or len(self.weight_files) > 1
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the graphs compute in float32 throughout, and so must give the responses of the reference."""
+        return self.dtype == "F32" if self.quantization is None else self.quantization.activations == "fp32"
+
+    @property
+    def graph_weight_files(self) -> tuple[str, ...]:
+        """Those that the graphs read."""
+        return self.weight_files if self.quantization is None else (self.quantization.file,)
+
+    @property
+    def graph_weight_bytes(self) -> int:
+        return sum(self.sizes[name] for name in self.graph_weight_files)
+
     def __post_init__(self) -> None:
         """Raises ValueError where the parts do not fit together."""
         if (self.kept_layers, self.slots) != (self.schedule.union, self.schedule.kv_layers):
@@ -91,6 +196,11 @@ class Manifest:
             raise ValueError("there is one graph, not one for each phase")
         if self.dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}")
+        if self.quantization is not None:
+            if self.quantization.file not in self.sizes:
+                raise ValueError(f"{self.quantization.file} is not among its files")
+            if len(self.quantization.layer_bits) != len(self.kept_layers):
+                raise ValueError("layer_bits are of another number of layers")
         for phase, graph in self.graphs.items():
             if not set(graph.slots) <= set(range(len(self.slots))):
                 raise ValueError(f"the graph of {phase} uses slots that do not exist")
@@ -126,17 +236,18 @@ class Manifest:
             "files": dict(self.files),
             "sizes": dict(self.sizes),
             "parity": None if self.parity is None else asdict(self.parity),
+            "quantization": None if self.quantization is None else asdict(self.quantization),
             "written_by": self.written_by,
             "operators": self.operators,
         }
 
     @classmethod
     def from_document(cls, document: artifacts.Document, *, place: str) -> Manifest:
-        optional = {"source_revision", "operators"}
+        optional = {"source_revision", "operators", "quantization"}
         required = {"schema", *cls.__dataclass_fields__} - optional
         artifacts.check_keys(document, required=required, optional=optional, place=place)
         try:
-            parity = document["parity"]
+            parity, quantization = document["parity"], document.get("quantization")
             return cls(
                 schedule=Schedule.from_document(document["schedule"], place=f"{place}: schedule"),
                 kept_layers=tuple(document["kept_layers"]),
@@ -156,6 +267,7 @@ class Manifest:
                 parity=None if parity is None else Parity(**parity),
                 written_by=document["written_by"],
                 operators=document.get("operators", "ort"),
+                quantization=None if quantization is None else Quantization.from_document(quantization),
             )
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ArtifactError(f"{place} is broken: {error}", hint="export the model again") from error

@@ -64,7 +64,7 @@ def packs_weights(manifest: Manifest) -> bool:
     Not in float32: the mapped file is then all the memory that any number of sessions takes, and decode is about a tenth
     slower. Quantized matrices have to be packed, or they are 12 to 50 times slower, and 16-bit ones are widened in any case.
     """
-    return manifest.dtype != "F32"
+    return manifest.quantization is not None or manifest.dtype != "F32"
 
 
 def size_thread_pool(threads: int) -> None:

@@ -2,6 +2,7 @@
 
     config.json  generation_config.json  tokenizer files ...
     model.safetensors                 the only weights; shards and an index where they are too large for one file
+    model.int4.safetensors            with packed matrices, what the graphs read instead; the one above only with "hf"
     prefill.onnx  decode.onnx         kilobytes; every weight is external data into the weight files
     genai_config.json                 for onnxruntime-genai
     voidprune.json  README.md         schedule, layer numbers, hashes, sizes, parity; the model card
@@ -11,21 +12,30 @@ Built in a temporary sibling folder and verified there; a folder under its final
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import voidprune
 from voidprune import artifacts
-from voidprune.errors import CheckpointError, OutputError
+from voidprune.errors import CheckpointError, ModelError, OutputError
 from voidprune.execution import manifest as manifests
-from voidprune.execution.manifest import Graph, Manifest, Parity
+from voidprune.execution.manifest import Fidelity, Graph, Manifest, Parity, Quantization
 from voidprune.export.genai import FILE as GENAI_FILE
 from voidprune.export.genai import describe_genai
-from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, write_slim_checkpoint
+from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, write_slim_checkpoint, write_slim_files
 from voidprune.export.model_card import read_card, write_model_card
-from voidprune.models.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint, weights_hash
+from voidprune.export.quantize import Packing, average_bits, layer_weights, write_packed
+from voidprune.models.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    open_checkpoint,
+    open_packed,
+    refuse_packed,
+    weights_hash,
+)
 from voidprune.models.graph_architecture import describe_graph_architecture
+from voidprune.models.packed import packed_file
 from voidprune.models.pretrained import end_tokens
 from voidprune.models.tensors import Advance
 from voidprune.schedule import Phase, Schedule
@@ -44,6 +54,8 @@ def export_bundle(
     formats: Collection[str] = FORMATS,
     precision: str = "keep",
     operators: str = "ort",
+    packing: Packing | None = None,
+    measure: Callable[[Path], Fidelity | None] = lambda _stage: None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     advance: Advance = lambda _amount: None,
@@ -54,21 +66,40 @@ def export_bundle(
     reference, None where that was not measured; what it raises (ParityError) ends the export with nothing published. The
     checkpoint is written in any case, because the graphs read it; `operators` is what they are written in (see
     `operators.OPERATOR_SETS`); `advance` is told the bytes of tensors written.
+
+    With `packing`, the graphs read a file of packed matrices that both share, and the checkpoint is written only where `formats`
+    ask for it; `measure` gets the staged folder once it is verified, and says what packing changed.
     Raises ScheduleError, ModelError, CheckpointError, OutputError.
     """
     schedule.check_model(source.identity, place="the schedule")
-    _check_dtypes(source, precision)
+    _check_dtypes(source, precision, packing)
     card = read_card(source.folder / "README.md")
+    if packing is not None and "onnx" not in formats:
+        raise ModelError(
+            f"{packing.precision} is a precision of ONNX graphs; transformers does not read it",
+            hint="add --format onnx, or choose --precision keep, fp32, fp16 or bf16",
+        )
     if "onnx" in formats:
         describe_graph_architecture(source.config, source.architecture.spec)  # refused before anything is written
     if source.folder.resolve().is_relative_to(folder.resolve()):
         raise OutputError(f"{folder} holds the model itself", hint="choose another --output")
     with artifacts.staged_folder(folder, overwrite=overwrite, marker=manifests.FILE) as stage:
-        hashes = write_slim_checkpoint(
-            source, schedule.union, stage, precision=precision, max_shard_bytes=max_shard_bytes, advance=advance
-        )
+        hashes: dict[str, str] = {}
+        quantization = None
+        if packing is None or "hf" in formats:
+            hashes = write_slim_checkpoint(
+                source, schedule.union, stage, precision=precision, max_shard_bytes=max_shard_bytes, advance=advance
+            )
+        else:
+            write_slim_files(source, schedule.union, stage, precision=precision)
+        if packing is not None:
+            quantization = _pack(source, schedule.union, stage, packing, advance=advance)
         slim = open_checkpoint(stage, name=folder.name)
-        graphs = _write_graphs(slim, schedule, stage, operators) if "onnx" in formats else {}
+        read_by_graphs = slim if quantization is None else open_packed(stage / quantization.file, name=folder.name)
+        graphs = {}
+        if "onnx" in formats:
+            rounds = quantization is not None and quantization.activations == "int8"
+            graphs = _write_graphs(read_by_graphs, schedule, stage, operators, rounds_activations=rounds)
         files = {path.relative_to(stage).as_posix(): path for path in sorted(stage.rglob("*")) if path.is_file()}
         manifest = Manifest(
             schedule=schedule,
@@ -86,18 +117,36 @@ def export_bundle(
             parity=None,
             written_by=f"voidprune {voidprune.__version__}",
             operators=operators,
+            quantization=quantization,
         )
         _write_manifest(stage, manifest)
         manifest = replace(manifest, parity=verify(stage))
+        if quantization is not None:
+            manifest = replace(manifest, quantization=replace(quantization, fidelity=measure(stage)))
         _write_manifest(stage, manifest)
         write_model_card(stage, manifest, source_card=card)
     return manifest
 
 
-def _check_dtypes(source: Checkpoint, precision: str) -> None:
-    """Refuse before anything is copied what would be no bundle. Raises CheckpointError."""
+def _pack(source: Checkpoint, kept: Sequence[int], stage: Path, packing: Packing, *, advance: Advance) -> Quantization:
+    errors = write_packed(source, kept, stage / packed_file(packing.precision), packing, advance=advance)
+    return Quantization(
+        precision=packing.precision,
+        block_size=packing.block_size,
+        zero_points=packing.zero_points,
+        layer_bits=tuple((bits.attention, bits.mlp) for bits in packing.layers),
+        head_bits=packing.head,
+        activations=packing.activations,
+        average_bits=average_bits(packing.layers, layer_weights(source, kept)),
+        weight_error=errors.relative,
+    )
+
+
+def _check_dtypes(source: Checkpoint, precision: str, packing: Packing | None) -> None:
+    """Refuse before anything is copied what would be no bundle. Raises CheckpointError, ModelError."""
+    refuse_packed(source.folder)
     if source.config.get("quantization_config"):
-        if precision != "keep":
+        if precision != "keep" or packing is not None:
             raise CheckpointError(
                 f"{source.name} is quantized: its scales belong to the dtypes that they have",
                 hint="leave --precision out",
@@ -115,8 +164,10 @@ def _check_dtypes(source: Checkpoint, precision: str) -> None:
         )
 
 
-def _write_graphs(slim: Checkpoint, schedule: Schedule, stage: Path, operators: str) -> dict[Phase, Graph]:
-    from voidprune.export.onnx_graph import author_decode, author_prefill, graph_slots, save_graph
+def _write_graphs(
+    slim: Checkpoint, schedule: Schedule, stage: Path, operators: str, *, rounds_activations: bool
+) -> dict[Phase, Graph]:
+    from voidprune.export.onnx_graph import author_decode, author_prefill, graph_slots, round_activations, save_graph
 
     renumbered = schedule.on_slim_model(slim.identity)
     graphs = {}
@@ -129,6 +180,8 @@ def _write_graphs(slim: Checkpoint, schedule: Schedule, stage: Path, operators: 
                 "voidprune.slots": " ".join(str(schedule.kv_layers[slot]) for slot in graphs[phase].slots),
             }
         )
+        if rounds_activations:
+            round_activations(model)
         save_graph(model, stage / graphs[phase].file)
     genai = describe_genai(slim, graphs, num_slots=len(schedule.kv_layers), end_tokens=end_tokens(stage))
     artifacts.write_file(stage / GENAI_FILE, artifacts.canonical_bytes(genai))

@@ -21,6 +21,8 @@ def describe_genai(
     checkpoint: Checkpoint, graphs: dict[Phase, Graph], *, num_slots: int, end_tokens: Sequence[int]
 ) -> Document:
     """The config of a bundle whose slim checkpoint is `checkpoint`."""
+    # Packed matrices are far slower in their stored order; dense ones are used as they are mapped.
+    prepacking = {} if checkpoint.is_packed else {"session.disable_prepacking": "1"}
     architecture, config = checkpoint.architecture, checkpoint.config
     start, pad = config.get("bos_token_id"), config.get("pad_token_id")
     first_end = end_tokens[0] if end_tokens else None
@@ -41,7 +43,7 @@ def describe_genai(
                 "session_options": {
                     "log_id": "voidprune",
                     "intra_op_num_threads": 0,  # all cores; left out, onnxruntime-genai 0.18 takes about one
-                    "session.disable_prepacking": "1",
+                    **prepacking,
                     "provider_options": [],
                 },
                 "inputs": {

@@ -66,8 +66,8 @@ class GraphAuthor:
     # ---- the residual stream
 
     def embed(self) -> Hidden:
-        table = self.emit.weights.stored(f"{self.names.embedding}.weight")
-        embedded = self.emit.op("Gather", [table, self.emit.input_ids])
+        table = self.emit.weights.matrix([Rows(f"{self.names.embedding}.weight")])
+        embedded = self.operators.embed(table, self.emit.input_ids)
         return Hidden(self.emit.scale(embedded, self.architecture.embedding_scale), None, self.emit.all_tokens)
 
     def last_token(self, hidden: Hidden) -> Hidden:
@@ -299,7 +299,7 @@ class GraphAuthor:
 
     def _linear(self, value: ir.Value, parts: Sequence[Rows], width: int, *, bias: bool) -> ir.Value:
         """`value` times matrices that lie one below the other, as one product: [B, T, `width`]."""
-        matrix = self.emit.weights.rows([replace(part, tensor=f"{part.tensor}.weight") for part in parts])
+        matrix = self.emit.weights.matrix([replace(part, tensor=f"{part.tensor}.weight") for part in parts])
         biases = (
             self.emit.weights.rows([replace(part, tensor=f"{part.tensor}.bias") for part in parts]) if bias else None
         )

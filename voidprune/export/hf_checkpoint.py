@@ -68,15 +68,20 @@ def write_slim_checkpoint(
     `precision` is "keep" or a key of PRECISIONS. Returns `sha256:<hex>` of each weight file. `advance` is told the bytes of
     tensors written. Raises ModelError, CheckpointError.
     """
-    config = slim_config(source, kept, precision=precision)
     groups = layer_tensor_groups(source, kept)
-    _write_json(folder / "config.json", config)
-    _write_generation_config(source.folder, folder)
-    _carry_files(source.folder, folder)
+    write_slim_files(source, kept, folder, precision=precision)
     # Last, so that nothing is found wrong with the small files after an hour of copying.
     return write_weights(
         groups, folder, max_shard_bytes=max_shard_bytes, dtype=PRECISIONS.get(precision), advance=advance
     )
+
+
+def write_slim_files(source: Checkpoint, kept: Sequence[int], folder: Path, *, precision: str = "keep") -> None:
+    """All of the slim checkpoint but its weights: configuration, tokenizer, licence. Raises ModelError."""
+    config = slim_config(source, kept, precision=precision)
+    _write_json(folder / "config.json", config)
+    _write_generation_config(source.folder, folder)
+    _carry_files(source.folder, folder)
 
 
 def slim_config(source: Checkpoint, kept: Sequence[int], *, precision: str = "keep") -> dict[str, Any]:

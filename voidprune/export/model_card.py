@@ -66,7 +66,7 @@ def _render(manifest: Manifest) -> str:
             f"Written by {manifest.written_by}. {len(manifest.kept_layers)} of {schedule.num_layers} layers are in the "
             f"checkpoint; prefill executes {schedule.num_executed(Phase.PREFILL)} of them, decode "
             f"{schedule.num_executed(Phase.DECODE)}. Weights: {manifest.weight_bytes:,} bytes, of the "
-            f"source {manifest.source_bytes:,}.{_render_revision(manifest)}",
+            f"source {manifest.source_bytes:,}.{_render_revision(manifest)}{_render_quantization(manifest)}",
             "",
             "## Know before use",
             "",
@@ -106,6 +106,10 @@ def caveats(manifest: Manifest) -> list[str]:
             "Stock transformers loads this folder and runs every layer in it, in both phases. Only the ONNX graphs (and "
             "voidprune's reference) follow the schedule."
         )
+    if not manifest.has_checkpoint:
+        found.append("There are no weights for transformers here: the folder runs in onnxruntime.")
+    elif manifest.quantization is not None:
+        found.append("Stock transformers reads the unpacked weights; only the ONNX graphs read the packed ones.")
     if schedule.single_turn:
         found.append("The schedule is for one prompt and one response; a second turn is refused.")
     frozen = [
@@ -133,7 +137,19 @@ def _render_parity(manifest: Manifest) -> str:
             "Not verified: nobody has run this checkpoint. It is quantized, and where it was made it could not be run, or not "
             "compared with its source. Its tensors are the source's, byte for byte, and its layers are numbered without gaps."
         )
-    onnx = "" if parity.onnx is None else f"; of the ONNX graphs, {parity.onnx:.2g}"
+    if parity.hf is None:
+        compared = f"of the ONNX graphs, {parity.onnx:.2g}"
+    else:
+        onnx = "" if parity.onnx is None else f"; of the ONNX graphs, {parity.onnx:.2g}"
+        compared = f"of the checkpoint, {parity.hf:.2g}{onnx}"
+    packed = ""
+    if manifest.quantization is not None:
+        packed = " The ONNX graphs are compared with what their packed matrices mean, and stay within 0.0001."
+    if parity.rounded is not None:
+        packed += (
+            f" With activations rounded to 8 bits, as they run, they differ by {parity.rounded:.2g}; allowed is twice what the "
+            f"same rounding changes in the reference, {parity.rounded_tolerance:.2g}."
+        )
     how = (
         f"over {parity.num_prompts} prompts with responses of {parity.num_decode_steps} tokens, in one pass without a cache, "
         "decoder layers loaded one at a time because both models do not fit into the memory"
@@ -142,7 +158,23 @@ def _render_parity(manifest: Manifest) -> str:
     )
     return (
         f"Largest difference of logits from the reference (the source model, its weights in {manifest.dtype}, with the dropped "
-        f"parts left out), {how}: of the checkpoint, {parity.hf:.2g}{onnx}; allowed, {parity.tolerance:.2g}."
+        f"parts left out), {how}: {compared}; allowed, {parity.tolerance:.2g}.{packed}"
+    )
+
+
+def _render_quantization(manifest: Manifest) -> str:
+    quantization = manifest.quantization
+    if quantization is None:
+        return ""
+    changed = ""
+    if (fidelity := quantization.fidelity) is not None:
+        changed = (
+            f" Beside the same schedule with unpacked weights, on {fidelity.num_tokens:,} response tokens: perplexity times "
+            f"{fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.4f} nats, the same likeliest token on {fidelity.top1:.1%}."
+        )
+    return (
+        f" The ONNX graphs read {quantization.file} alone: {manifest.graph_weight_bytes:,} bytes, "
+        f"{quantization.average_bits:.3g} bits a weight of the layers, relative error {quantization.weight_error:.2%}.{changed}"
     )
 
 

@@ -75,6 +75,16 @@ def _start_graph(checkpoint: Checkpoint, schedule: Schedule, phase: Phase, opera
     return GraphAuthor(checkpoint, phase, slots, operators=operators)
 
 
+def round_activations(model: ir.Model, *, level: int = 4) -> None:
+    """Let the products with packed matrices round what they multiply, block by block, to 8 bits: faster, and 0.6 % off.
+
+    `level` is `accuracy_level` of onnxruntime's `MatMulNBits`: 4 rounds, 0 does not.
+    """
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+
+
 def save_graph(model: ir.Model, path: Path) -> None:
     ir.save(model, path)
 

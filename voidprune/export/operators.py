@@ -15,7 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from voidprune.errors import ModelError
 from voidprune.export.emitter import Emitter, Tokens
+from voidprune.export.weights import Matrix, PackedMatrix
 from voidprune.models.graph_architecture import Activation, GraphArchitecture
 from voidprune.models.rope import Rope
 
@@ -35,8 +37,12 @@ class Operators(ABC):
     # ---- each in its own words
 
     @abstractmethod
-    def product(self, value: ir.Value, matrix: ir.Value, bias: ir.Value | None, width: int) -> ir.Value:
+    def product(self, value: ir.Value, matrix: Matrix, bias: ir.Value | None, width: int) -> ir.Value:
         """`value` [B, T, in] times `matrix` [out, in] transposed, plus `bias` [out]: [B, T, out], `width` numbers."""
+
+    @abstractmethod
+    def look_up(self, table: PackedMatrix, ids: ir.Value) -> ir.Value:
+        """Rows of a packed table [V, D]: of `ids` [B, T], [B, T, D]."""
 
     @abstractmethod
     def rms_norm(self, value: ir.Value, scale: ir.Value) -> ir.Value:
@@ -59,6 +65,16 @@ class Operators(ABC):
         """
 
     # ---- shared
+
+    def embed(self, table: Matrix, ids: ir.Value) -> ir.Value:
+        """Rows of a table [V, D]: of `ids` [B, T], [B, T, D]."""
+        return self.look_up(table, ids) if isinstance(table, PackedMatrix) else self.emit.op("Gather", [table, ids])
+
+    def without_padding(self, value: ir.Value, matrix: PackedMatrix) -> ir.Value:
+        """Rows of a packed matrix, [..., K] of [..., all numbers of all blocks]."""
+        if not matrix.is_padded:
+            return value
+        return self.emit.op("Slice", [value, *(self.emit.integers(number) for number in (0, matrix.shape[1], -1))])
 
     def layer_norm(self, value: ir.Value, scale: ir.Value, bias: ir.Value | None) -> ir.Value:
         """Over the last axis."""
@@ -174,9 +190,50 @@ class Operators(ABC):
 class FusedOperators(Operators):
     """onnxruntime's own."""
 
-    def product(self, value: ir.Value, matrix: ir.Value, bias: ir.Value | None, width: int) -> ir.Value:
+    def product(self, value: ir.Value, matrix: Matrix, bias: ir.Value | None, width: int) -> ir.Value:
+        if isinstance(matrix, PackedMatrix):
+            return self._packed_product(value, matrix, bias)
         product = self.emit.op("FusedMatMul", [value, matrix], domain=ORT, transB=1)
         return product if bias is None else self.emit.op("Add", [product, bias])
+
+    def _packed_product(self, value: ir.Value, matrix: PackedMatrix, bias: ir.Value | None) -> ir.Value:
+        weights, blocks = self.emit.weights, matrix.blocks
+        rows, columns = matrix.shape
+        return self.emit.op(
+            "MatMulNBits",
+            [
+                value,
+                weights.packed_numbers(matrix, ir.DataType.UINT8, [matrix.num_blocks, blocks.block_bytes]),
+                weights.scales(matrix),
+                weights.zero_points(matrix, ir.DataType.UINT8, [blocks.zero_point_bytes(columns)]),
+                None,
+                bias,
+            ],
+            domain=ORT,
+            N=rows,
+            K=columns,
+            bits=blocks.bits,
+            block_size=blocks.block_size,
+            accuracy_level=0,
+        )
+
+    def look_up(self, table: PackedMatrix, ids: ir.Value) -> ir.Value:
+        weights, blocks = self.emit.weights, table.blocks
+        found = self.emit.op(
+            "GatherBlockQuantized",
+            [
+                weights.packed_numbers(table, ir.DataType.UINT8, [table.num_blocks * blocks.block_bytes]),
+                ids,
+                weights.scales(table),
+                weights.zero_points(table, ir.DataType.UINT8, [blocks.zero_point_bytes(table.shape[1])]),
+            ],
+            domain=ORT,
+            bits=blocks.bits,
+            block_size=blocks.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        return self.without_padding(found, table)
 
     def rms_norm(self, value: ir.Value, scale: ir.Value) -> ir.Value:
         epsilon = self.architecture.norm_epsilon
@@ -250,12 +307,65 @@ class StandardOperators(Operators):
         super().__init__(emitter, architecture)
         self._masks: dict[tuple[Tokens, int | None], ir.Value] = {}
 
-    def product(self, value: ir.Value, matrix: ir.Value, bias: ir.Value | None, width: int) -> ir.Value:
+    def product(self, value: ir.Value, matrix: Matrix, bias: ir.Value | None, width: int) -> ir.Value:
         """`Gemm` takes [out, in] as it is; `MatMul` would make runtimes keep a transposed copy."""
+        if isinstance(matrix, PackedMatrix):
+            matrix = self._dequantize(matrix)
         flat = self.emit.op("Flatten", [value], axis=2)
         product = self.emit.op("Gemm", [flat, matrix, *([] if bias is None else [bias])], transB=1)
         rows = self.emit.op("Shape", [value], start=0, end=2)
         return self.emit.op("Reshape", [product, self.emit.op("Concat", [rows, self.emit.integers(width)], axis=0)])
+
+    def _dequantize(self, matrix: PackedMatrix) -> ir.Value:
+        """[out, in]. ONNX packs numbers of 4 bits without regard to rows, so rows must fill whole bytes."""
+        weights, blocks = self.emit.weights, matrix.blocks
+        dtype = ir.DataType.UINT8 if blocks.bits == 8 else ir.DataType.UINT4
+        if matrix.num_blocks * blocks.bits % 8:
+            raise ModelError(
+                f"the standard's operators cannot read zero points of {blocks.bits} bits in rows of {matrix.num_blocks} blocks",
+                hint="export with --ops ort, or with another --block-size",
+            )
+        numbers = weights.packed_numbers(matrix, dtype, [matrix.num_blocks * blocks.block_size])
+        zero_points = self._own_zero_points(matrix, dtype, [matrix.num_blocks])
+        inputs = [numbers, weights.scales(matrix), zero_points]
+        return self.without_padding(
+            self.emit.op("DequantizeLinear", inputs, axis=1, block_size=blocks.block_size), matrix
+        )
+
+    def _own_zero_points(self, matrix: PackedMatrix, dtype: ir.DataType, row_shape: Sequence[int]) -> ir.Value:
+        found = self.emit.weights.zero_points(matrix, dtype, row_shape)
+        if found is None:
+            raise ModelError(
+                "the standard's operators take the zero points of packed matrices from the file, and it has none",
+                hint="export with --zero-points, or with --ops ort",
+            )
+        return found
+
+    def look_up(self, table: PackedMatrix, ids: ir.Value) -> ir.Value:
+        """`Gather` has no numbers of 4 bits: bytes are looked up, then taken apart."""
+        emit, blocks = self.emit, table.blocks
+        num_bytes, zero_bytes = table.num_blocks * blocks.block_bytes, blocks.zero_point_bytes(table.shape[1])
+        packed = [
+            emit.weights.packed_numbers(table, ir.DataType.UINT8, [num_bytes]),
+            self._own_zero_points(table, ir.DataType.UINT8, [zero_bytes]),
+        ]
+        numbers, zero_points = (self._unpack(emit.op("Gather", [part, ids]), blocks.bits) for part in packed)
+        if table.num_blocks * blocks.bits % 8:
+            ends = [emit.integers(number) for number in (0, table.num_blocks, -1)]
+            zero_points = emit.op("Slice", [zero_points, *ends])
+        scales = emit.op("Gather", [emit.weights.scales(table), ids])
+        inputs = [numbers, scales, zero_points]
+        return self.without_padding(emit.op("DequantizeLinear", inputs, axis=-1, block_size=blocks.block_size), table)
+
+    def _unpack(self, value: ir.Value, bits: int) -> ir.Value:
+        """Numbers of `bits` bits [B, T, n * 8 / bits] out of bytes [B, T, n], the lower half first."""
+        if bits == 8:
+            return value
+        emit, last = self.emit, self.emit.integers(-1)
+        mask, shift = (emit.weights.constant(f"uint8_{number}", np.array(number, np.uint8)) for number in (15, 4))
+        halves = [emit.op("BitwiseAnd", [value, mask]), emit.op("BitShift", [value, shift], direction="RIGHT")]
+        together = emit.op("Concat", [emit.op("Unsqueeze", [half, last]) for half in halves], axis=-1)
+        return emit.reshape(together, 0, 0, -1)
 
     def rms_norm(self, value: ir.Value, scale: ir.Value) -> ir.Value:
         return self.emit.op("RMSNormalization", [value, scale], axis=-1, epsilon=self.architecture.norm_epsilon)

@@ -1,4 +1,7 @@
-"""The weights of a graph: external data into the checkpoint's own file. Names, shapes and byte ranges; no bytes are read."""
+"""The weights of a graph: external data into the checkpoint's own file. Names, shapes and byte ranges; no bytes are read.
+
+A matrix is dense, in the dtype of the graph, or packed (`models/packed.py`); which, is up to the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import onnx_ir as ir
 
 from voidprune.errors import CheckpointError, ModelError
 from voidprune.models.checkpoint import Checkpoint, TensorRecord
+from voidprune.models.packed import BlockFormat, PackedRecord
 
 _DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
@@ -23,6 +27,29 @@ class Rows:
     tensor: str
     start: int = 0
     stop: int | None = None
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix [out, in] of rows of packed tensors, all in one format. Its parts become initializers as operators ask for them."""
+
+    rows: tuple[Rows, ...]
+    blocks: BlockFormat
+    shape: tuple[int, int]
+
+    @property
+    def num_blocks(self) -> int:
+        """Of one row."""
+        return self.blocks.num_blocks(self.shape[1])
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the last block of a row has more numbers than the matrix."""
+        return self.shape[1] % self.blocks.block_size != 0
+
+
+Matrix = ir.Value | PackedMatrix
+"""[out, in]: dense, or packed."""
 
 
 class GraphWeights:
@@ -48,34 +75,55 @@ class GraphWeights:
 
     def rows(self, parts: Sequence[Rows]) -> ir.Value:
         """The rows `parts`, stacked: one range of bytes in the checkpoint's file. Raises CheckpointError, ModelError."""
-        label = "+".join(
-            part.tensor if part.stop is None else f"{part.tensor}[{part.start}:{part.stop}]" for part in parts
-        )
-        if label not in self._made:
-            self._made[label] = self._tape.initializer(self._external(label, parts), label)
-        return self._made[label]
+        records = [self._float_record(part.tensor) for part in parts]
+        return self._initializer(_label(parts), parts, records, self.dtype, records[0].shape[1:])
 
-    def _external(self, label: str, parts: Sequence[Rows]) -> ir.ExternalTensor:
-        ranges = []  # (begin, end) in the file, in bytes
-        num_rows = 0
-        for part in parts:
-            record = self._record(part.tensor)
-            stop = record.shape[0] if part.stop is None else part.stop
-            row_bytes = record.num_bytes // record.shape[0]
-            ranges.append((record.offset + part.start * row_bytes, record.offset + stop * row_bytes))
-            num_rows += stop - part.start
-        for (_, end), (begin, _), part in zip(ranges, ranges[1:], parts[1:], strict=False):
-            assert end == begin, f"{part.tensor} does not follow what it is stacked with"
-        first = self._record(parts[0].tensor)
-        return ir.ExternalTensor(
-            first.file.name,
-            ranges[0][0],
-            ranges[-1][1] - ranges[0][0],
-            self.dtype,
-            shape=ir.Shape([num_rows, *first.shape[1:]]),
-            name=label,
-            base_dir=first.file.parent,
-        )
+    def matrix(self, parts: Sequence[Rows]) -> Matrix:
+        """The same of matrices, which may be packed. Raises CheckpointError, ModelError."""
+        records = [self._record(part.tensor) for part in parts]
+        packed = [record for record in records if isinstance(record, PackedRecord)]
+        if not packed:
+            return self.rows(parts)
+        blocks, columns = packed[0].blocks, packed[0].shape[1]
+        assert [(record.blocks, record.shape[1]) for record in packed] == [(blocks, columns)] * len(parts)
+        num_rows = sum(_stop(part, record) - part.start for part, record in zip(parts, packed, strict=True))
+        return PackedMatrix(tuple(parts), blocks, (num_rows, columns))
+
+    def packed_numbers(self, matrix: PackedMatrix, dtype: ir.DataType, row_shape: Sequence[int]) -> ir.Value:
+        """The packed numbers as a tensor [out, *row_shape] of `dtype`: the same bytes have more than one name in ONNX."""
+        records = self._packed_records(matrix)
+        label = f"{_label(matrix.rows)}.{dtype.name}.{'x'.join(map(str, row_shape))}"
+        return self._initializer(label, matrix.rows, records, dtype, row_shape)
+
+    def scales(self, matrix: PackedMatrix) -> ir.Value:
+        """[out, blocks]."""
+        records = [record.scales for record in self._packed_records(matrix)]
+        label = f"{_label(matrix.rows)}.scales"
+        return self._initializer(label, matrix.rows, records, ir.DataType.FLOAT, [matrix.num_blocks])
+
+    def zero_points(self, matrix: PackedMatrix, dtype: ir.DataType, row_shape: Sequence[int]) -> ir.Value | None:
+        """Zero points as a tensor [out, *row_shape] of `dtype`; None where the blocks have none of their own."""
+        records = [record.zero_points for record in self._packed_records(matrix) if record.zero_points is not None]
+        if not records:
+            return None
+        label = f"{_label(matrix.rows)}.zero_points.{dtype.name}"
+        return self._initializer(label, matrix.rows, records, dtype, row_shape)
+
+    def _packed_records(self, matrix: PackedMatrix) -> list[PackedRecord]:
+        records = [self._record(part.tensor) for part in matrix.rows]
+        return [record for record in records if isinstance(record, PackedRecord)]
+
+    def _initializer(
+        self,
+        label: str,
+        parts: Sequence[Rows],
+        records: Sequence[TensorRecord],
+        dtype: ir.DataType,
+        row_shape: Sequence[int],
+    ) -> ir.Value:
+        if label not in self._made:
+            self._made[label] = self._tape.initializer(_external(label, parts, records, dtype, row_shape), label)
+        return self._made[label]
 
     def adjoin(self, names: Sequence[str]) -> bool:
         """Whether the tensors lie side by side in this order."""
@@ -86,9 +134,45 @@ class GraphWeights:
         record = self._checkpoint.tensors.get(name)
         if record is None:
             raise CheckpointError(f"{self._checkpoint.folder} lacks {name}, which its config asks for")
+        return record
+
+    def _float_record(self, name: str) -> TensorRecord:
+        record = self._record(name)
         if _DTYPES.get(record.dtype) is not self.dtype:
             raise ModelError(
                 f"{name} is {record.dtype}; the matrices are {self._checkpoint.dtype}",
                 hint="export with --precision, which makes them one",
             )
         return record
+
+
+def _label(parts: Sequence[Rows]) -> str:
+    return "+".join(part.tensor if part.stop is None else f"{part.tensor}[{part.start}:{part.stop}]" for part in parts)
+
+
+def _stop(part: Rows, record: TensorRecord) -> int:
+    return record.shape[0] if part.stop is None else part.stop
+
+
+def _external(
+    label: str, parts: Sequence[Rows], records: Sequence[TensorRecord], dtype: ir.DataType, row_shape: Sequence[int]
+) -> ir.ExternalTensor:
+    ranges = []  # (begin, end) in the file, in bytes
+    num_rows = 0
+    for part, record in zip(parts, records, strict=True):
+        stop = _stop(part, record)
+        row_bytes = record.num_bytes // record.shape[0]
+        ranges.append((record.offset + part.start * row_bytes, record.offset + stop * row_bytes))
+        num_rows += stop - part.start
+    for (_, end), (begin, _), part in zip(ranges, ranges[1:], parts[1:], strict=False):
+        assert end == begin, f"{part.tensor} does not follow what it is stacked with"
+    file = records[0].file
+    return ir.ExternalTensor(
+        file.name,
+        ranges[0][0],
+        ranges[-1][1] - ranges[0][0],
+        dtype,
+        shape=ir.Shape([num_rows, *row_shape]),
+        name=label,
+        base_dir=file.parent,
+    )

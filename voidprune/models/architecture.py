@@ -81,6 +81,18 @@ class TensorNames:
         return (int(index), suffix) if index.isdigit() and suffix else None
 
     @property
+    def attention_matrices(self) -> tuple[str, ...]:
+        """Suffixes that may name a matrix of attention."""
+        return tuple(
+            name for name in (self.query, self.key, self.value, self.output, self.fused_qkv) if name is not None
+        )
+
+    @property
+    def mlp_matrices(self) -> tuple[str, ...]:
+        """Suffixes that may name a matrix of an MLP."""
+        return tuple(name for name in (self.gate, self.up, self.down, self.fused_gate_up) if name is not None)
+
+    @property
     def storage_order(self) -> tuple[str, ...]:
         """Suffixes of a layer's tensors in the order that we write them: q, k, v side by side, and gate, up.
 

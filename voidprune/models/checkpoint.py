@@ -22,6 +22,7 @@ from voidprune.models.architecture import DecoderArchitecture
 from voidprune.models.copying import INDEX_FILE, PAGE, WEIGHTS_FILE, copy_tensors
 from voidprune.models.downloads import access_hint
 from voidprune.models.families import read_architecture
+from voidprune.models.packed import PackedRecord, find_packed, read_packed
 from voidprune.models.tensors import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
@@ -61,11 +62,13 @@ __all__ = [
     "merge_shards",
     "numpy_dtype",
     "open_checkpoint",
+    "open_packed",
     "parse_index",
     "precision_name",
     "read_header",
     "read_json",
     "read_tensor",
+    "refuse_packed",
     "refuse_pickles",
     "stored_bytes",
     "weight_files",
@@ -108,11 +111,18 @@ class Checkpoint:
         return sum(record.num_bytes for record in self.tensors.values())
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the matrices are packed for ONNX graphs (`models/packed.py`), which transformers does not read."""
+        return any(isinstance(record, PackedRecord) for record in self.tensors.values())
+
+    @property
     def dtype(self) -> str:
         """The dtype of the weight matrices, in safetensors' spelling. Raises CheckpointError when they are mixed.
 
-        Of a quantized checkpoint that of its embedding, in which it computes.
+        Of a quantized checkpoint that of its embedding, in which it computes; with packed matrices, that of all the rest.
         """
+        if self.is_packed:
+            return "F32"
         matrices = [record for record in self.tensors.values() if len(record.shape) == 2]
         if self.config.get("quantization_config"):
             matrices = [self.tensors[f"{self.architecture.spec.tensors.embedding}.weight"]]
@@ -161,8 +171,12 @@ def find_model(name: str) -> Path:
 def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     """Read config and headers, and check that every tensor lies inside its file.
 
-    Raises ModelError where this is no model folder or of an unknown family, CheckpointError where its weights are broken.
+    A folder whose only weights are packed matrices for ONNX graphs is opened as `open_packed` does. Raises ModelError where this
+    is no model folder or of an unknown family, CheckpointError where its weights are broken.
     """
+    packed = find_packed(folder)
+    if packed is not None and not _has_plain_weights(folder):
+        return open_packed(packed, name=name)
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} holds no config.json", hint="give a folder with config.json and model.safetensors, or a Hub id"
@@ -176,6 +190,16 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         place=str(folder),
     )
     checkpoint = Checkpoint(folder=folder, name=name or folder.resolve().name, config=config, tensors=tensors)
+    check_tensors(checkpoint)
+    return checkpoint
+
+
+def open_packed(file: Path, *, name: str | None = None) -> Checkpoint:
+    """The checkpoint of a bundle's packed matrices, with the config.json beside them. Raises as `open_checkpoint` does."""
+    folder = file.parent
+    config = read_json(folder / "config.json")
+    read_architecture(config)
+    checkpoint = Checkpoint(folder=folder, name=name or folder.resolve().name, config=config, tensors=read_packed(file))
     check_tensors(checkpoint)
     return checkpoint
 
@@ -214,6 +238,10 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         )
 
 
+def _has_plain_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
 def _expected_tensors(folder: Path) -> dict[Path, set[str] | None]:
     """The files with the weights; for shards, with the tensors that the index expects in each."""
     if (folder / WEIGHTS_FILE).is_file():
@@ -241,6 +269,15 @@ def parse_index(index: Mapping[str, Any], *, place: str) -> dict[str, set[str]]:
     return shards
 
 
+def refuse_packed(folder: Path) -> None:
+    """Raise ModelError for a folder that only has matrices packed for its ONNX graphs."""
+    if find_packed(folder) is not None and not _has_plain_weights(folder):
+        raise ModelError(
+            f"{folder} holds packed matrices for its ONNX graphs, and no weights for anything else",
+            hint="use the model that it was exported from, or export with --format hf --format onnx",
+        )
+
+
 def refuse_pickles(model: str, files: Sequence[str]) -> None:
     """Raise ModelError where the weights of a model are pickles: reading one runs whatever its author put into it."""
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and "/" not in name]
@@ -257,13 +294,16 @@ def refuse_pickles(model: str, files: Sequence[str]) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order. Raises ModelError, CheckpointError."""
+    """The safetensors files of a model folder that transformers reads, in order. Raises ModelError, CheckpointError."""
     return sorted(_expected_tensors(folder))
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the headers of a folder's weight files; for a single file, its `header_hash`. Cheap."""
-    files = weight_files(folder)
+    """SHA-256 over the headers of all of a folder's weight files; for a lone model.safetensors, its `header_hash`. Cheap."""
+    packed = find_packed(folder)
+    files = [] if packed is None else [packed]
+    if packed is None or _has_plain_weights(folder):
+        files += weight_files(folder)
     if len(files) == 1 and files[0].name == WEIGHTS_FILE:
         return header_hash(files[0])
     lines = "".join(f"{file.name} {header_hash(file)}\n" for file in files)

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,17 +153,25 @@ def _write_file(tensors: NamedTensors, target: Path, *, dtype: str | None, writt
 
 
 def encode_header(tensors: NamedTensors, *, dtype: str | None = None) -> bytes:
-    """The length and the JSON that a safetensors file of these tensors starts with, padded to a whole number of pages."""
+    """The header of a safetensors file of these tensors: `encode_entries`."""
+    return encode_entries(
+        [(name, stored_dtype(record, dtype), record.shape, stored_bytes(record, dtype)) for name, record in tensors]
+    )
+
+
+def encode_entries(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], *, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The length and the JSON that a safetensors file starts with, padded to a whole number of pages.
+
+    `tensors`: (name, dtype, shape, bytes), in the order in which they follow.
+    """
     position, entries = 0, {}
-    for name, record in tensors:
-        end = position + stored_bytes(record, dtype)
-        entries[name] = {
-            "dtype": stored_dtype(record, dtype),
-            "shape": list(record.shape),
-            "data_offsets": [position, end],
-        }
+    for name, dtype, shape, num_bytes in tensors:
+        end = position + num_bytes
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **entries}, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     return struct.pack("<Q", len(text)) + text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voidprune.errors import DatasetError, ModelError, RuntimeProviderError
-from voidprune.models.checkpoint import read_json
+from voidprune.models.checkpoint import read_json, refuse_packed
 from voidprune.models.configs import is_spelled_for_transformers_4
 from voidprune.models.families import find_family
 from voidprune.models.graph_architecture import GraphArchitecture, describe_graph_architecture
@@ -35,6 +35,7 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    refuse_packed(folder)
     try:
         outcome: Any = AutoModelForCausalLM.from_pretrained(
             folder,

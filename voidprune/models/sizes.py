@@ -8,7 +8,7 @@ from typing import Any
 
 from voidprune.errors import ArtifactError
 from voidprune.models.architecture import Config, DecoderArchitecture
-from voidprune.models.checkpoint import DTYPE_BYTES, Checkpoint, TensorRecord, stored_bytes
+from voidprune.models.checkpoint import DTYPE_BYTES, Checkpoint, TensorRecord, refuse_packed, stored_bytes
 from voidprune.models.quantization import weights_in
 
 
@@ -67,8 +67,9 @@ def _integers(document: dict[str, Any], kind: type, *, without: str = "") -> dic
 def measure_sizes(checkpoint: Checkpoint, *, dtype: str | None = None) -> ModelSizes:
     """Read sizes off the header; with `dtype`, as if float tensors were stored in it.
 
-    A tied head is counted where it is stored, with the embedding.
+    A tied head is counted where it is stored, with the embedding. Raises ModelError for packed matrices.
     """
+    refuse_packed(checkpoint.folder)
     architecture = checkpoint.architecture
     names = architecture.spec.tensors
     head = checkpoint.tensors[f"{names.embedding if architecture.tied_embeddings else names.head}.weight"]

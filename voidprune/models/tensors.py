@@ -140,6 +140,18 @@ def _parse_entry(name: str, entry: Any, place: str) -> tuple[str, tuple[int, ...
     return dtype, shape, (begin, end)
 
 
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The `__metadata__` of one safetensors file; empty where it has none. Raises CheckpointError where the header is broken."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = header_length(opened.read(8), size=size, place=str(file))
+        try:
+            found = json.loads(opened.read(length)).get("__metadata__", {})
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise CheckpointError(f"{file} has a broken header: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
 def header_hash(file: Path) -> str:
     """SHA-256 of a file's header: names, dtypes, shapes and places of all tensors. Cheap, whatever the size of the file."""
     with file.open("rb") as opened:
@@ -178,6 +190,30 @@ def read_tensor(record: TensorRecord) -> np.ndarray[Any, Any]:
 
     fetch_tensors([record])
     return np.memmap(record.file, dtype=numpy_dtype(record.dtype), mode="r", offset=record.offset, shape=record.shape)
+
+
+def read_rows(record: TensorRecord, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """The rows `start` to `stop` of a tensor of floats or bytes, as they are stored, in memory of their own.
+
+    Not mapped: reading a model from its first row to its last takes no more memory than the largest such piece. Raises
+    CheckpointError where the file ends early.
+    """
+    import numpy as np
+
+    fetch_tensors([record])
+    rows, *rest = record.shape
+    row_bytes = record.num_bytes // rows if rows else 0
+    content = bytearray((stop - start) * row_bytes)
+    with record.file.open("rb", buffering=0) as file:
+        file.seek(record.offset + start * row_bytes)
+        view = memoryview(content)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{record.file} ended while {record.name} was being read")
+            view = view[count:]
+    dtype = numpy_dtype(record.dtype) if record.dtype in FLOAT_DTYPES else np.dtype(np.uint8)
+    return np.frombuffer(content, dtype).reshape(stop - start, *(rest if dtype != np.uint8 else (-1,)))
 
 
 def read_pieces(record: TensorRecord) -> Iterator[bytes]:

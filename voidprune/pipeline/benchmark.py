@@ -9,12 +9,13 @@ from voidprune import artifacts
 from voidprune.errors import ModelError
 from voidprune.execution.manifest import Manifest, is_bundle, read_manifest
 from voidprune.execution.providers import size_thread_pool
-from voidprune.models.checkpoint import precision_name
+from voidprune.export.quantize import LayerBits, Packing
+from voidprune.models.checkpoint import Checkpoint, precision_name
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.models import default_provider, open_model
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.quality.bench import run_benchmark
-from voidprune.schedule import full_schedule
+from voidprune.schedule import Schedule, full_schedule
 
 
 def benchmark_bundle(
@@ -43,8 +44,7 @@ def benchmark_bundle(
             manifest.schedule.check_model(whole.identity, place=str(folder))
             baseline_folder = Path(scratch) / "baseline"
             schedule = full_schedule(whole.identity, boundary=manifest.schedule.boundary)
-            precision = precision_name(manifest.dtype)
-            export_model(whole, schedule, baseline_folder, precision=precision, provider=provider)
+            _export_baseline(whole, schedule, baseline_folder, manifest, provider=provider)
         with track("timing", num_rounds + 1, "rounds") as advance:
             benchmark = run_benchmark(
                 {"whole model": baseline_folder, "pruned": folder},
@@ -59,14 +59,32 @@ def benchmark_bundle(
     return {"schema": artifacts.schema_key("benchmark", 1), **benchmark.to_document()}
 
 
+def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned: Manifest, *, provider: str) -> None:
+    """The whole model in the precision of a pruned one. Of mixed bits, layers that were dropped get those of the head."""
+    if pruned.quantization is None:
+        export_model(whole, schedule, folder, precision=precision_name(pruned.dtype), provider=provider)
+        return
+    packed = pruned.quantization
+    known = dict(zip(pruned.kept_layers, packed.layer_bits, strict=True))
+    packing = Packing(
+        packed.precision,
+        tuple(LayerBits(*known.get(layer, (packed.head_bits,) * 2)) for layer in range(schedule.num_layers)),
+        packed.head_bits,
+        block_size=packed.block_size,
+        zero_points=packed.zero_points,
+        activations=packed.activations,
+    )
+    export_model(whole, schedule, folder, formats=("onnx",), packing=packing, provider=provider)
+
+
 def _check_baseline(baseline: Manifest, pruned: Manifest, *, place: str) -> None:
     """Raise where a bundle is not the whole model of another, in the same precision."""
     baseline.schedule.check_model(pruned.schedule.model, place=place)
-    if not baseline.schedule.is_full or (baseline.dtype, baseline.schedule.boundary) != (
-        pruned.dtype,
+    if not baseline.schedule.is_full or (baseline.precision, baseline.schedule.boundary) != (
+        pruned.precision,
         pruned.schedule.boundary,
     ):
         raise ModelError(
-            f"{place} is not the whole model in {pruned.dtype} with the boundary {pruned.schedule.boundary}",
+            f"{place} is not the whole model in {pruned.precision} with the boundary {pruned.schedule.boundary}",
             hint="give the model itself as --baseline",
         )

@@ -13,13 +13,14 @@ from voidprune.errors import ModelError, ScheduleError
 from voidprune.execution.manifest import is_bundle, read_manifest
 from voidprune.execution.reference import scheduled
 from voidprune.execution.session import BundleSession
-from voidprune.models.checkpoint import Checkpoint, precision_name
+from voidprune.models.checkpoint import Checkpoint, open_packed, precision_name
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
 from voidprune.pipeline.models import default_provider, open_model
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.profiling.calibration import Row, encode_rows
 from voidprune.quality.agreement import Agreement, OpenRunner, measure_agreement
 from voidprune.quality.evaluation import Evaluation, count_differences, count_steps, evaluate, require_agreement
+from voidprune.quality.layer_streaming import resident_model
 from voidprune.quality.paired import Comparison, compare_runners
 from voidprune.quality.statistics import CONFIDENCE, NUM_RESAMPLES, SEED
 from voidprune.schedule import Schedule, full_schedule
@@ -152,7 +153,7 @@ def evaluate_checkpoint(
             )
     different = None
     if ONNX in results:
-        if read_manifest(checkpoint.folder).dtype == "F32":
+        if read_manifest(checkpoint.folder).is_exact:
             require_agreement(results[REFERENCE], results[ONNX])
         different = count_differences(results[REFERENCE], results[ONNX])
     agreements: dict[str, Agreement] = {}
@@ -209,10 +210,11 @@ def open_runners(
             full_schedule(baseline.identity),
         )
         runners[WHOLE] = lambda: scheduled(whole, whole_schedule)
-    slim, slim_schedule = (
-        load_model(checkpoint.folder, dtype=dtype, device=device),
-        manifest.schedule.on_slim_model(checkpoint.identity),
-    )
+    slim_schedule = manifest.schedule.on_slim_model(checkpoint.identity)
+    if manifest.quantization is None:
+        slim = load_model(checkpoint.folder, dtype=dtype, device=device)
+    else:  # what the graphs must equal: the packed matrices, not what they were made of
+        slim = resident_model(open_packed(checkpoint.folder / manifest.quantization.file), device=device)
     runners[REFERENCE] = lambda: scheduled(slim, slim_schedule)
     if manifest.graphs:
         session = BundleSession(checkpoint.folder, provider=provider or default_provider())

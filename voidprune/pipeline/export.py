@@ -10,12 +10,15 @@ from voidprune.errors import ModelError
 from voidprune.execution.manifest import Manifest, Parity
 from voidprune.export.bundle import FORMATS, export_bundle
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, slim_bytes, slim_tensors
+from voidprune.export.quantize import Packing, packed_bytes
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.pretrained import check_quantized_runs
 from voidprune.models.tensors import fetch_tensors, missing_bytes
 from voidprune.pipeline.models import default_provider
+from voidprune.pipeline.precision import PackingRequest, choose_packing, measure_fidelity
 from voidprune.pipeline.progress import Track, untracked
+from voidprune.profiling.calibration import Sample
 from voidprune.quality.parity import verify_bundle
 from voidprune.schedule import Schedule
 
@@ -37,6 +40,7 @@ def export_model(
     formats: Iterable[str] = FORMATS,
     precision: str = "keep",
     operators: str = "ort",
+    packing: PackingRequest | Packing | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     provider: str | None = None,
     overwrite: bool = False,
@@ -50,6 +54,9 @@ def export_model(
     A quantized checkpoint may be published `unverified`, because running it takes packages or devices that are not everywhere;
     its manifest and model card say so.
 
+    With `packing`, the graphs read packed matrices, and `precision` is that of the slim checkpoint, where one is written. What
+    packing changes is measured where bits are asked for (PackingRequest), not where they are given.
+
     `accept` gets the staged folder once it is verified, and may refuse it by raising: `gates.gate_bundle`. Of a checkpoint that
     was opened on the Hub, only the tensors of kept layers are fetched.
     """
@@ -60,8 +67,18 @@ def export_model(
     if missing := missing_bytes(needed):
         with track("fetching", missing, "bytes") as advance:
             fetch_tensors(needed, advance=advance)
+    formats = tuple(formats)
+    chosen, samples = None, list[Sample]()
+    if isinstance(packing, Packing):
+        chosen = packing
+    elif packing is not None:
+        chosen, samples = choose_packing(packing, checkpoint, schedule, track=track)
     with ExitStack() as copying:
-        total = slim_bytes(checkpoint, schedule.union, precision=precision)
+        total = 0
+        if chosen is not None:
+            total += packed_bytes(checkpoint, schedule.union, chosen)
+        if chosen is None or "hf" in formats:
+            total += slim_bytes(checkpoint, schedule.union, precision=precision)
         advance = copying.enter_context(track("copying", total, "bytes"))
 
         def verify(stage: Path) -> Parity | None:
@@ -79,9 +96,13 @@ def export_model(
             schedule,
             folder,
             verify=verify,
-            formats=tuple(formats),
+            formats=formats,
             precision=precision,
             operators=operators,
+            packing=chosen,
+            measure=lambda stage: measure_fidelity(
+                checkpoint, schedule, stage, samples, provider=provider, track=track
+            ),
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             advance=advance,

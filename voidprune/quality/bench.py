@@ -25,8 +25,8 @@ import numpy as np
 import onnxruntime as ort
 
 from voidprune.errors import RuntimeProviderError
+from voidprune.execution.manifest import read_manifest
 from voidprune.execution.session import BundleSession
-from voidprune.models.checkpoint import weight_files
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def run_benchmark(
                 ttft_ratio=_spread([one[0] / whole[0] for one, whole in zip(samples[name], baseline, strict=True)]),
                 tpot_ratio=_spread([one[1] / whole[1] for one, whole in zip(samples[name], baseline, strict=True)]),
                 load_seconds=load_seconds[name],
-                weight_bytes=sum(file.stat().st_size for file in weight_files(folder)),
+                weight_bytes=read_manifest(folder).graph_weight_bytes,
                 graph_bytes=sum(path.stat().st_size for path in folder.glob("*.onnx")),
                 peak_resident_bytes=memory[name],
             )

@@ -21,11 +21,13 @@ from transformers.utils import logging
 from voidprune.errors import ModelError
 from voidprune.models.checkpoint import Checkpoint, TensorRecord
 from voidprune.models.configs import remap_config
+from voidprune.models.packed import PackedRecord, dequantize_rows
 from voidprune.models.pretrained import DTYPES, check_rotary_frequencies
 from voidprune.models.tensors import FLOAT_DTYPES, PRECISIONS, fetch_tensors, read_pieces
 
 _CONVERSION = 3
 """Measured on a layer of 104 MB in float32: 253 MB at most where files hold float32, 340 MB by way of bf16 (transformers 5.23)."""
+_UNPACKED_VALUES = 1 << 22  # at a time
 _TORCH_DTYPES = {stored: getattr(torch, DTYPES[name]) for name, stored in PRECISIONS.items()}
 
 
@@ -38,11 +40,35 @@ def streamed_model(
     device: str = "cpu",
     dropped: Collection[int] = (),
 ) -> Iterator[PreTrainedModel]:
-    """The model of a checkpoint, run in `dtype` with weights rounded to the dtype `through`.
+    """The model of a checkpoint, run in `dtype` with weights rounded to the dtype `through`; packed matrices as what they mean.
 
     The layers `dropped` get zeros for weights and are never read: for layers whose output does not count.
     Raises ModelError where the tensors do not go by the names of transformers' modules.
     """
+    model = _build_empty(checkpoint, dtype=dtype, device=device)
+    weights = _StoredWeights(checkpoint, model, through=through, dtype=dtype, dropped=dropped)
+    handles = []
+    for path, unit in _units(model, layers=checkpoint.architecture.spec.modules.layers):
+        handles.append(unit.register_forward_pre_hook(_fill(path, weights, device=device)))
+        handles.append(unit.register_forward_hook(functools.partial(_forget, device=device)))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def resident_model(checkpoint: Checkpoint, *, device: str = "cpu", dropped: Collection[int] = ()) -> PreTrainedModel:
+    """The same in float32, all of it in memory at once: the one way to run packed matrices in torch. Raises ModelError."""
+    model = _build_empty(checkpoint, dtype="F32", device=device)
+    weights = _StoredWeights(checkpoint, model, through="F32", dtype="F32", dropped=dropped)
+    for path, unit in _units(model, layers=checkpoint.architecture.spec.modules.layers):
+        _fill(path, weights, device=device)(unit, ())
+    return model
+
+
+def _build_empty(checkpoint: Checkpoint, *, dtype: str, device: str) -> PreTrainedModel:
+    """The model without weights. Raises ModelError."""
     folder = checkpoint.folder
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with _without_weights():
@@ -57,16 +83,7 @@ def streamed_model(
         for name, held in module._buffers.items():
             if held is not None:
                 module._buffers[name] = held.to(device)
-    weights = _StoredWeights(checkpoint, model, through=through, dtype=dtype, dropped=dropped)
-    handles = []
-    for path, unit in _units(model, layers=checkpoint.architecture.spec.modules.layers):
-        handles.append(unit.register_forward_pre_hook(_fill(path, weights, device=device)))
-        handles.append(unit.register_forward_hook(functools.partial(_forget, device=device)))
-    try:
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+    return model
 
 
 @dataclass(frozen=True)
@@ -162,7 +179,12 @@ def _quiet() -> Iterator[None]:
 
 
 def read_weights(record: TensorRecord, *, through: str, dtype: str) -> Tensor:
-    """A float tensor, rounded to the dtype `through` and then held in `dtype`; read in pieces of bounded size."""
+    """A float tensor, rounded to the dtype `through` and then held in `dtype`; read in pieces of bounded size.
+
+    Of a packed matrix, what its numbers mean.
+    """
+    if isinstance(record, PackedRecord):
+        return _unpack_weights(record).to(_TORCH_DTYPES[dtype])
     if record.dtype not in FLOAT_DTYPES:
         raise ModelError(f"{record.name} is {record.dtype}; only {', '.join(FLOAT_DTYPES)} can be compared")
     fetch_tensors([record])
@@ -172,6 +194,16 @@ def read_weights(record: TensorRecord, *, through: str, dtype: str) -> Tensor:
         piece = torch.frombuffer(bytearray(content), dtype=_TORCH_DTYPES[record.dtype])
         flat[position : position + len(piece)] = piece.to(_TORCH_DTYPES[through])
         position += len(piece)
+    return weights
+
+
+def _unpack_weights(record: PackedRecord) -> Tensor:
+    rows, columns = record.shape
+    weights = torch.empty(rows, columns)
+    step = max(1, _UNPACKED_VALUES // columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        weights[start:stop] = torch.from_numpy(dequantize_rows(record, start, stop))
     return weights
 
 

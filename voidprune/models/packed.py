@@ -1,0 +1,195 @@
+"""Matrices in 4 or 8 bits, packed block by block as onnxruntime's `MatMulNBits` reads them. Read here, made in `export/`.
+
+A matrix [N, K] of Hugging Face's [out, in] order is cut along K into blocks of `block_size` numbers, the last one padded with
+zeros. A block has a float32 scale and whole numbers q of `bits` bits, and means scale * (q - zero point); without zero points
+of its own that is 2^(bits-1). Layout (onnxruntime, docs/ContribOperators.md, com.microsoft.MatMulNBits):
+
+- `{name}`: U8 [N, blocks, block_size * bits / 8], of two numbers in a byte the first in the lower half
+- `{matrix}.scales`: F32 [N, blocks]
+- `{matrix}.zero_points`, where there are any: U8 [N, ceil(blocks * bits / 8)], packed alike, each row by itself
+
+The file is a safetensors file; its metadata say how each matrix is packed. Everything else in it is float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from voidprune.errors import CheckpointError
+from voidprune.models.tensors import TensorRecord, read_header, read_metadata, read_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PACKED_PRECISIONS = ("int8", "int4", "mixed")
+"""Names on the command line."""
+PACKED_DTYPE = "NBITS"
+"""What stands for a dtype in the record of a packed matrix: nothing that reads floats takes it for one."""
+BITS = (4, 8)
+BLOCK_SIZES = (32, 128)
+METADATA_KEY = "voidprune.packed"
+
+
+def packed_file(precision: str) -> str:
+    """The name of the file with the matrices of a precision."""
+    return f"model.{precision}.safetensors"
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """How one matrix is packed."""
+
+    bits: int
+    block_size: int
+    zero_points: bool
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or self.block_size not in BLOCK_SIZES or type(self.zero_points) is not bool:
+            raise ValueError(f"{self} is no way to pack a matrix")
+
+    @property
+    def middle(self) -> int:
+        """The zero point of blocks that have none of their own."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def largest(self) -> int:
+        """The largest whole number that `bits` hold."""
+        return (1 << self.bits) - 1
+
+    def num_blocks(self, columns: int) -> int:
+        return -(-columns // self.block_size)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_size * self.bits // 8
+
+    def zero_point_bytes(self, columns: int) -> int:
+        """Bytes of one row's zero points."""
+        return -(-self.num_blocks(columns) * self.bits // 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRecord(TensorRecord):
+    """A packed matrix: `shape` is [N, K], `offset` and `num_bytes` are those of its packed numbers."""
+
+    blocks: BlockFormat
+    scales: TensorRecord
+    zero_points: TensorRecord | None
+
+    @property
+    def stored_parts(self) -> tuple[TensorRecord, ...]:
+        """Everything that is stored of the matrix, as its file's header has it."""
+        return tuple(part for part in (self, self.scales, self.zero_points) if part is not None)
+
+
+def side_name(matrix: str, part: str) -> str:
+    """The name of a matrix's scales or zero points: `model.norm.weight` gives `model.norm.scales`."""
+    return f"{matrix.removesuffix('.weight')}.{part}"
+
+
+def find_packed(folder: Path) -> Path | None:
+    """The file with packed matrices in a folder, None where it has none."""
+    return next((folder / name for name in map(packed_file, PACKED_PRECISIONS) if (folder / name).is_file()), None)
+
+
+def read_packed(file: Path) -> dict[str, TensorRecord]:
+    """The tensors of a file with packed matrices, scales and zero points inside the records of their matrices.
+
+    Raises CheckpointError where header, metadata and tensors do not fit together.
+    """
+    records = read_header(file)
+    described = _read_formats(file)
+    tensors = dict(records)
+    for name, (blocks, columns) in described.items():
+        parts = [name, side_name(name, "scales")] + ([side_name(name, "zero_points")] if blocks.zero_points else [])
+        if missing := [part for part in parts if part not in records]:
+            raise CheckpointError(f"{file} lacks {missing[0]}, which its metadata speak of")
+        packed, scales, *zero_points = (tensors.pop(part) for part in parts)
+        rows, num_blocks = packed.shape[0] if packed.shape else 0, blocks.num_blocks(columns)
+        expected = [
+            (packed, "U8", (rows, num_blocks, blocks.block_bytes)),
+            (scales, "F32", (rows, num_blocks)),
+            *((part, "U8", (rows, blocks.zero_point_bytes(columns))) for part in zero_points),
+        ]
+        for part, dtype, shape in expected:
+            if (part.dtype, part.shape) != (dtype, shape):
+                raise CheckpointError(
+                    f"{file}: {part.name} is {part.dtype} {list(part.shape)}; its metadata ask for {dtype} {list(shape)}"
+                )
+        tensors[name] = PackedRecord(
+            name=name,
+            dtype=PACKED_DTYPE,
+            shape=(rows, columns),
+            file=file,
+            offset=packed.offset,
+            num_bytes=packed.num_bytes,
+            blocks=blocks,
+            scales=scales,
+            zero_points=zero_points[0] if zero_points else None,
+        )
+    return tensors
+
+
+def describe_formats(matrices: Mapping[str, tuple[BlockFormat, int]]) -> dict[str, str]:
+    """Metadata of a file with these packed matrices: name -> how, and how many columns."""
+    entries = {
+        name: [blocks.bits, blocks.block_size, blocks.zero_points, columns]
+        for name, (blocks, columns) in matrices.items()
+    }
+    return {METADATA_KEY: json.dumps(entries, separators=(",", ":"))}
+
+
+def _read_formats(file: Path) -> dict[str, tuple[BlockFormat, int]]:
+    try:
+        entries = json.loads(read_metadata(file)[METADATA_KEY])
+        formats = {}
+        for name, (bits, block_size, zero_points, columns) in entries.items():
+            if type(columns) is not int or columns < 1:
+                raise ValueError(f"{columns!r} columns")
+            formats[name] = BlockFormat(bits=bits, block_size=block_size, zero_points=zero_points), columns
+        return formats
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the metadata of {file} do not say how its matrices are packed ({error!r})", hint="export the model again"
+        ) from error
+
+
+def dequantize_rows(record: PackedRecord, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The rows `start` to `stop` of a packed matrix as float32, [rows, K]. Raises CheckpointError where the file ends early."""
+    import numpy as np
+
+    packed, scales = read_rows(record, start, stop), read_rows(record.scales, start, stop)
+    numbers = unpack(packed.reshape(stop - start, -1), record.blocks.bits)
+    blocks = numbers.reshape(stop - start, -1, record.blocks.block_size).astype(np.float32)
+    if record.zero_points is None:
+        blocks -= record.blocks.middle
+    else:
+        points = unpack(read_rows(record.zero_points, start, stop), record.blocks.bits)
+        blocks -= points[:, : scales.shape[1], np.newaxis]
+    blocks *= scales[:, :, np.newaxis]
+    return blocks.reshape(stop - start, -1)[:, : record.shape[1]]
+
+
+def unpack(content: np.ndarray[Any, np.dtype[np.uint8]], bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Whole numbers of `bits` bits out of bytes [..., n]: [..., n * 8 / bits], lower half first."""
+    import numpy as np
+
+    if bits == 8:
+        return content
+    return np.stack([content & np.uint8(15), content >> np.uint8(4)], axis=-1).reshape(*content.shape[:-1], -1)
+
+
+def pack(numbers: np.ndarray[Any, np.dtype[np.uint8]], bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What `unpack` undoes; an odd last number gets a zero beside it."""
+    import numpy as np
+
+    if bits == 8:
+        return numbers
+    if numbers.shape[-1] % 2:
+        numbers = np.concatenate([numbers, np.zeros_like(numbers[..., :1])], axis=-1)
+    return numbers[..., 0::2] | (numbers[..., 1::2] << np.uint8(4))

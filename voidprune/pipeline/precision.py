@@ -1,0 +1,273 @@
+"""How many bits each layer's matrices get, and what packing them changes: measured on prompts, with the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from voidprune.errors import BudgetError, DatasetError, ModelError
+from voidprune.execution.manifest import Fidelity
+from voidprune.execution.reference import ScheduledModel, decoder_layers, scheduled
+from voidprune.execution.session import BundleSession
+from voidprune.export.quantize import (
+    LayerBits,
+    Packing,
+    average_bits,
+    layer_weights,
+    restore_rows,
+    uniform_packing,
+)
+from voidprune.models.checkpoint import Checkpoint, stored_bytes
+from voidprune.models.packed import BITS, BlockFormat
+from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
+from voidprune.pipeline.plan import Calibrated
+from voidprune.pipeline.progress import Track, untracked
+from voidprune.profiling.calibration import Sample, encode_rows, require_responses
+from voidprune.profiling.tracing import generate_responses
+from voidprune.quality.agreement import OpenRunner, measure_agreement
+from voidprune.quality.parity import free_memory
+from voidprune.schedule import Schedule
+
+_HEADROOM = 1.25
+"""Memory that a model takes while it runs, per byte of its weights."""
+FEW, MANY = BITS
+
+
+@dataclass(frozen=True)
+class PackingRequest:
+    """What is asked of packed matrices. `average_bits` is of the layers' matrices, for the precision "mixed"."""
+
+    precision: str
+    block_size: int = 32
+    zero_points: bool = False
+    activations: str = "int8"
+    average_bits: float = 5.0
+    calibrated: Calibrated = field(default_factory=Calibrated)
+
+    def __post_init__(self) -> None:
+        """Raises BudgetError."""
+        if not FEW <= self.average_bits <= MANY:
+            raise BudgetError(f"an average of {self.average_bits:g} bits is not between {FEW} and {MANY}")
+
+    def uniform(self, num_layers: int) -> Packing:
+        return uniform_packing(
+            self.precision,
+            num_layers,
+            block_size=self.block_size,
+            zero_points=self.zero_points,
+            activations=self.activations,
+        )
+
+
+def choose_packing(
+    request: PackingRequest,
+    checkpoint: Checkpoint,
+    schedule: Schedule,
+    *,
+    track: Track = untracked,
+) -> tuple[Packing, list[Sample]]:
+    """Bits of every layer that is kept, and the samples to measure by: none where the model cannot run here.
+
+    For "mixed", sublayers whose packing into 4 bits changes predictions most, for their size, get 8. Raises ModelError where
+    that cannot be measured, DatasetError.
+    """
+    mixed = request.precision == "mixed"
+    uniform = None if mixed else request.uniform(len(schedule.union))
+    if problem := _cannot_run(checkpoint):
+        if uniform is None:
+            raise ModelError(
+                f"{checkpoint.name} cannot run here, so nothing says which layers need 8 bits: {problem}",
+                hint="choose --precision int8 or int4",
+            )
+        return uniform, []
+    model = load_model(checkpoint.folder, device=default_device())
+    samples = _prepare_samples(checkpoint, model, request.calibrated, track)
+    if uniform is not None:
+        return uniform, samples
+    blocks = BlockFormat(bits=FEW, block_size=request.block_size, zero_points=request.zero_points)
+    harm = measure_harm(checkpoint, model, schedule, samples, blocks=blocks, track=track)
+    layers = allocate_bits(harm, layer_weights(checkpoint, schedule.union), average=request.average_bits)
+    packing = Packing(
+        "mixed",
+        layers,
+        MANY,
+        block_size=request.block_size,
+        zero_points=request.zero_points,
+        activations=request.activations,
+    )
+    return packing, samples
+
+
+def _cannot_run(checkpoint: Checkpoint) -> str | None:
+    """Why the whole model cannot answer prompts here; None where it can."""
+    if checkpoint.revision is not None:
+        return "only the layers that are kept are fetched"
+    needed = int(_HEADROOM * sum(stored_bytes(record, "F32") for record in checkpoint.tensors.values()))
+    if needed > (free := free_memory(default_device())):
+        return f"it takes {needed:,} bytes in float32; {free:,} are free"
+    try:
+        load_tokenizer(checkpoint.folder)
+    except ModelError as error:
+        return error.message
+    return None
+
+
+def _prepare_samples(
+    checkpoint: Checkpoint, model: PreTrainedModel, calibrated: Calibrated, track: Track
+) -> list[Sample]:
+    """Samples with responses: of the dataset, or the whole model's own. Raises DatasetError."""
+    context = checkpoint.architecture.context_length
+    max_new_tokens = min(calibrated.max_new_tokens, context // 2)
+    generates = calibrated.responses == "generate"
+    rows = [replace(row, response=None) if generates else row for row in calibrated.rows()]
+    tokenizer, ends = load_tokenizer(checkpoint.folder), end_tokens(checkpoint.folder)
+    longest = context - (max_new_tokens if generates else 0)
+    samples = []
+    for row in rows:
+        try:
+            samples += encode_rows([row], tokenizer, end_tokens=ends, max_length=longest)
+        except DatasetError:
+            if calibrated.dataset is not None:
+                raise
+            # A prompt that ships with the package is not worth failing for.
+    if not generates:
+        require_responses(samples)
+        return samples
+    with track("answering", None, "tokens") as advance:
+        return generate_responses(
+            model,
+            samples,
+            max_new_tokens=max_new_tokens,
+            end_tokens=ends,
+            batch_size=calibrated.batch_size,
+            on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
+        )
+
+
+# ---- which layers need more bits
+
+
+def measure_harm(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    schedule: Schedule,
+    samples: Sequence[Sample],
+    *,
+    blocks: BlockFormat,
+    track: Track = untracked,
+) -> list[tuple[float, float]]:
+    """KL, in nats a token, between the model under the schedule and the same with one sublayer packed: (attention, MLP) a layer.
+
+    Of the layers in the union, in order. The model's weights are as they were afterwards. Raises ModelError where no sample has
+    a response.
+    """
+
+    def opened(parts: Sequence[nn.Linear]) -> OpenRunner:
+        @contextmanager
+        def run() -> Iterator[ScheduledModel]:
+            with _as_packed(parts, blocks), scheduled(model, schedule) as runner:
+                yield runner
+
+        return run
+
+    layers = decoder_layers(model, checkpoint.architecture.spec.modules)
+    names = checkpoint.architecture.spec.tensors
+    others: dict[str, OpenRunner] = {}
+    for layer in schedule.union:
+        linear = {path: module for path, module in layers[layer].named_modules() if isinstance(module, nn.Linear)}
+        attention = [module for path, module in linear.items() if path in names.attention_matrices]
+        mlp = [module for path, module in linear.items() if path in names.mlp_matrices]
+        others |= {f"{layer} attention": opened(attention), f"{layer} mlp": opened(mlp)}
+    with track("trying 4 bits, sublayer by sublayer", len(samples), "items") as advance:
+        found = measure_agreement(opened([]), others, samples, on_progress=advance)
+    if not found:
+        raise ModelError("no sample has a response, so nothing says which layers need 8 bits")
+    return [(found[f"{layer} attention"].kl.value, found[f"{layer} mlp"].kl.value) for layer in schedule.union]
+
+
+@contextmanager
+def _as_packed(modules: Sequence[nn.Linear], blocks: BlockFormat) -> Iterator[None]:
+    """The linear layers with the weights that packing leaves of theirs, while the block runs."""
+    before = [module.weight for module in modules]
+    try:
+        for module in modules:
+            weights = module.weight.detach()
+            restored = torch.from_numpy(restore_rows(weights.float().cpu().numpy(), blocks))
+            module.weight = nn.Parameter(restored.to(weights), requires_grad=False)
+        yield
+    finally:
+        for module, weight in zip(modules, before, strict=True):
+            module.weight = weight
+
+
+def allocate_bits(
+    harm: Sequence[tuple[float, float]], weights: Sequence[LayerBits], *, average: float
+) -> tuple[LayerBits, ...]:
+    """8 bits for the sublayers with the most harm a weight, as many as the average allows; 4 for the others.
+
+    `harm` and `weights` are of attention and MLP of each layer. Greedy: one that does not fit any more is passed over.
+    """
+    sizes = [(count.attention, count.mlp) for count in weights]
+    room = (average - FEW) / (MANY - FEW) * sum(map(sum, sizes)) * (1 + 1e-12)
+    bits = [[FEW, FEW] for _ in sizes]
+    units = [(layer, part) for layer in range(len(sizes)) for part in (0, 1) if sizes[layer][part]]
+    for layer, part in sorted(units, key=lambda unit: -harm[unit[0]][unit[1]] / sizes[unit[0]][unit[1]]):
+        if sizes[layer][part] <= room:
+            room -= sizes[layer][part]
+            bits[layer][part] = MANY
+    layers = tuple(LayerBits(*pair) for pair in bits)
+    assert average_bits(layers, weights) <= average * (1 + 1e-9)
+    return layers
+
+
+# ---- what packing changed
+
+
+def measure_fidelity(
+    checkpoint: Checkpoint,
+    schedule: Schedule,
+    stage: Path,
+    samples: Sequence[Sample],
+    *,
+    provider: str,
+    batch_size: int = 16,
+    track: Track = untracked,
+) -> Fidelity | None:
+    """A bundle with packed matrices beside its source under the same schedule, in float32; None without samples."""
+    scored = [sample for sample in samples if sample.response]
+    if not scored:
+        return None
+    model, session = load_model(checkpoint.folder, device=default_device()), BundleSession(stage, provider=provider)
+    prompts, responses = [sample.prompt for sample in scored], [sample.response or () for sample in scored]
+    with track("comparing with unpacked weights", len(scored), "items") as advance:
+        agreement = measure_agreement(
+            lambda: scheduled(model, schedule),
+            {"packed": lambda: nullcontext(session)},
+            scored,
+            batch_size=batch_size,
+            on_progress=advance,
+        )["packed"]
+        packed = np.concatenate(session.score(prompts, responses)).mean()
+        with scheduled(model, schedule) as reference:
+            plain = np.concatenate(
+                [
+                    scores
+                    for start in range(0, len(scored), batch_size)
+                    for scores in reference.score(
+                        prompts[start : start + batch_size], responses[start : start + batch_size]
+                    )
+                ]
+            ).mean()
+    return Fidelity(
+        top1=agreement.top1.value,
+        kl=agreement.kl.value,
+        perplexity_ratio=float(np.exp(min(plain - packed, 700.0))),
+        num_tokens=int(agreement.num_tokens.sum()),
+    )

@@ -1,0 +1,141 @@
+"""Do graphs with packed matrices equal their reference: the source model, run in torch with what these matrices mean?"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from voidprune import artifacts
+from voidprune.execution.manifest import FILE as MANIFEST
+from voidprune.execution.manifest import Manifest, Parity, read_manifest
+from voidprune.execution.reference import scheduled
+from voidprune.execution.session import BundleSession
+from voidprune.export.onnx_graph import round_activations, save_graph
+from voidprune.models.checkpoint import INDEX_FILE, Checkpoint, open_packed
+from voidprune.quality.driving import TOLERANCE, Cached, Drive, OnePass, largest_difference, require, require_finite
+from voidprune.quality.layer_streaming import resident_model, streamed_model
+from voidprune.schedule import Schedule
+
+
+def check_packed(
+    folder: Path,
+    *,
+    source: Checkpoint,
+    schedule: Schedule,
+    provider: str = "cpu",
+    seed: int = 0,
+    layer_streamed: bool = False,
+) -> Parity:
+    """Compare graphs that read packed matrices with the source model, run in float32 with what these matrices mean.
+
+    The graphs without rounding of activations must stay within TOLERANCE. Those that round may be twice as far from the reference
+    as the reference is when what its linear layers read is rounded alike. With `layer_streamed`, decoder layers are in memory
+    one at a time, and compared is one pass without a cache. Raises ParityError, ModelError.
+    """
+    manifest = read_manifest(folder)
+    quantization = manifest.quantization
+    assert quantization is not None
+    packed = open_packed(folder / quantization.file)
+    device = "cuda" if provider == "cuda" else "cpu"
+    meant = _meant_by(packed, source, schedule)
+    dropped = set(range(schedule.num_layers)) - set(schedule.union)
+    drive: Drive
+    with ExitStack() as opened:
+        if layer_streamed:
+            drive = OnePass.choose(packed, schedule.boundary, seed=seed)
+            model = opened.enter_context(streamed_model(meant, through="F32", device=device, dropped=dropped))
+        else:
+            drive = Cached.choose(packed, seed=seed)
+            model = resident_model(meant, device=device, dropped=dropped)
+        reference = opened.enter_context(scheduled(model, schedule))
+        expected = drive.run_reference(reference)
+        require_finite(expected, name=source.name)
+        tolerance = None
+        if quantization.activations == "int8":
+            with _rounded_activations(model, block_size=quantization.block_size):
+                tolerance = 2 * largest_difference(drive.run_reference(reference), expected)
+    del model, reference
+    rounded = None
+    if tolerance is not None:
+        rounded = largest_difference(drive.run_session(BundleSession(folder, provider=provider)), expected)
+        require(rounded, tolerance, what=f"the ONNX graphs on {provider}, which round activations to 8 bits,")
+    with _without_rounding(folder, manifest) as exact:
+        onnx = largest_difference(drive.run_session(BundleSession(exact, provider=provider)), expected)
+    require(onnx, TOLERANCE, what=f"the ONNX graphs on {provider}")
+    return Parity(hf=None, onnx=onnx, tolerance=TOLERANCE, rounded=rounded, rounded_tolerance=tolerance, **drive.counts)
+
+
+def _meant_by(packed: Checkpoint, source: Checkpoint, schedule: Schedule) -> Checkpoint:
+    """The source with the packed matrices, norms and biases of a bundle in the place of its own."""
+    names = source.architecture.spec.tensors
+    tensors = dict(source.tensors)
+    if source.architecture.tied_embeddings:
+        tensors.pop(f"{names.head}.weight", None)
+    for name, record in packed.tensors.items():
+        place = names.layer_of(name)
+        tensors[name if place is None else names.layer(schedule.union[place[0]], place[1])] = record
+    return replace(source, tensors=tensors)
+
+
+@contextmanager
+def _rounded_activations(model: PreTrainedModel, *, block_size: int) -> Iterator[None]:
+    """Linear layers read what `MatMulNBits` with accuracy_level 4 multiplies: blocks of 8-bit numbers, the largest at 127.
+
+    As onnxruntime does it: onnxruntime/core/mlas/lib/sqnbitgemm_kernel_avx512_int8_blklen32.h and its like, QuantizeARow.
+    """
+
+    def round_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (value,) = args
+        padded = nn.functional.pad(value, (0, -value.shape[-1] % block_size))
+        blocks = padded.reshape(*padded.shape[:-1], -1, block_size)
+        scales = blocks.abs().amax(-1, keepdim=True) / 127
+        rounded = torch.where(scales > 0, (blocks / scales).round() * scales, 0.0)
+        return (rounded.flatten(-2)[..., : value.shape[-1]],)
+
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_pre_hook(round_input) for module in linear]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_rounding(folder: Path, manifest: Manifest) -> Iterator[Path]:
+    """The bundle with graphs that do not round activations, beside the same weights, while the block runs."""
+    if manifest.quantization is None or manifest.quantization.activations != "int8":
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        exact = Path(name)
+        for file in (*manifest.weight_files, INDEX_FILE):
+            if (folder / file).is_file():
+                _link(folder / file, exact / file)
+        files, sizes = dict(manifest.files), dict(manifest.sizes)
+        for graph in manifest.graphs.values():
+            model = onnx_ir.load(folder / graph.file)
+            round_activations(model, level=0)
+            save_graph(model, exact / graph.file)
+            files[graph.file] = artifacts.file_hash(exact / graph.file)
+            sizes[graph.file] = (exact / graph.file).stat().st_size
+        document = replace(manifest, files=files, sizes=sizes).to_document()
+        artifacts.write_file(exact / MANIFEST, artifacts.canonical_bytes(document))
+        yield exact
+
+
+def _link(file: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has none. onnxruntime refuses links that leave the folder."""
+    try:
+        target.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, target)
