@@ -25,6 +25,7 @@ ROWS: list[set[str]] = [
     {"planning"},
     {"export"},
     {"quality"},
+    {"healing"},
     {"demo"},  # besides what `test_demo_...` says of it
     {"recipe", "pipeline"},
     {"walkthrough"},

@@ -65,6 +65,10 @@ class OutputError(VoidpruneError):
     """The output exists already, or cannot be written."""
 
 
+class HealingError(VoidpruneError):
+    """What was asked for cannot be healed, or not with these samples."""
+
+
 class RuntimeProviderError(VoidpruneError):
     """onnxruntime cannot run what it was asked to run on the provider that was asked for."""
 

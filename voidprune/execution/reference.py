@@ -18,6 +18,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,46 @@ def decode_mask(num_prompt_tokens: int, num_tokens: int, boundary: Boundary) -> 
     return [token >= first for token in range(num_tokens)]
 
 
+@dataclass(frozen=True, eq=False)
+class AlignedBatch:
+    """Prompts with their responses, but for the last token of these, behind which nothing is due.
+
+    Rows are padded on both sides so that all responses begin in the same column: the head then runs on the `num_logits` last
+    columns alone, which are those of the longest response. `num_prompt_columns` hold the prompts.
+    """
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    num_prompt_columns: int
+    response_lengths: tuple[int, ...]
+
+    @property
+    def num_logits(self) -> int:
+        return max(self.response_lengths)
+
+    def is_decode_BT(self, boundary: Boundary) -> Tensor:  # noqa: N802  the shape of what it gives
+        """Which tokens run the decode schedule."""
+        num_rows, width = self.input_ids_BT.shape
+        return torch.tensor(decode_mask(self.num_prompt_columns, width, boundary)).expand(num_rows, -1)
+
+
+def align_responses(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> AlignedBatch:
+    """Teacher-forced rows of one pass, in the order of the prompts."""
+    left, right = max(map(len, prompts)), max(map(len, responses))
+    rows, masks = [], []
+    for prompt, response in zip(prompts, responses, strict=True):
+        tokens = [*prompt, *response[:-1]]
+        before, after = left - len(prompt), right - len(response)
+        rows.append([0] * before + tokens + [0] * after)
+        masks.append([0] * before + [1] * len(tokens) + [0] * after)
+    return AlignedBatch(
+        input_ids_BT=torch.tensor(rows),
+        attention_mask_BT=torch.tensor(masks),
+        num_prompt_columns=left,
+        response_lengths=tuple(map(len, responses)),
+    )
+
+
 class ScheduledModel:
     """A stock model under a schedule. Use through `scheduled`, which takes the hooks away again."""
 
@@ -67,21 +108,42 @@ class ScheduledModel:
         `attention_mask_BS` is 0 for padding, on either side; positions count its ones. `cache` is read and extended. With
         `num_logits`, the head runs on that many last tokens only.
         """
+        with torch.inference_mode():
+            return self.differentiable(
+                input_ids_BT,
+                is_decode_BT=is_decode_BT,
+                attention_mask_BS=attention_mask_BS,
+                cache=cache,
+                last_only=last_only,
+                num_logits=num_logits,
+            )
+
+    def differentiable(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        is_decode_BT: Tensor,
+        attention_mask_BS: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        last_only: bool = False,
+        num_logits: int = 0,
+    ) -> Tensor:
+        """`forward`, with gradients where torch records them. Call `backward` before the next pass: checkpointed layers run again
+        in it, and what counts is that of the latest pass."""
         if attention_mask_BS is None:
             past = 0 if cache is None else cache.get_seq_length()
             attention_mask_BS = torch.ones(len(input_ids_BT), past + input_ids_BT.shape[1], dtype=torch.long)
         position_ids_BS = (attention_mask_BS.cumsum(-1) - 1).clamp(min=0)
         device = self.model.device
         self._is_decode_BT = is_decode_BT.to(device)
-        with torch.inference_mode():
-            logits_BTV: Tensor = self.model(
-                input_ids=input_ids_BT.to(device),
-                attention_mask=attention_mask_BS.to(device),
-                position_ids=position_ids_BS[:, -input_ids_BT.shape[1] :].to(device),
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=1 if last_only else num_logits,
-            ).logits
+        logits_BTV: Tensor = self.model(
+            input_ids=input_ids_BT.to(device),
+            attention_mask=attention_mask_BS.to(device),
+            position_ids=position_ids_BS[:, -input_ids_BT.shape[1] :].to(device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1 if last_only else num_logits,
+        ).logits
         return logits_BTV
 
     def generate(
@@ -130,33 +192,20 @@ class ScheduledModel:
     def _response_logits(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> Iterator[Tensor]:
-        """Logits [T, V] where each response token is due, item by item.
-
-        Rows are padded on both sides so that all responses begin in the same column: the head then runs on the response's columns
-        alone. Rows run together as far as their logits stay below LOGIT_VALUES.
-        """
+        """Logits [T, V] where each response token is due, item by item. Rows run together as far as their logits stay below
+        LOGIT_VALUES."""
         longest = max(map(len, responses))
         num_rows = max(1, LOGIT_VALUES // (longest * self.vocab_size))
         for start in range(0, len(prompts), num_rows):
-            pairs = list(zip(prompts[start : start + num_rows], responses[start : start + num_rows], strict=True))
-            left = max(len(prompt) for prompt, _ in pairs)
-            num_logits = max(len(response) for _, response in pairs)
-            width = left + num_logits - 1  # nothing is due behind the last token
-            rows, masks = [], []
-            for prompt, response in pairs:
-                tokens = [*prompt, *response[:-1]]
-                before, after = left - len(prompt), num_logits - len(response)
-                rows.append([0] * before + tokens + [0] * after)
-                masks.append([0] * before + [1] * len(tokens) + [0] * after)
-            is_decode_BT = torch.tensor(decode_mask(left, width, self.schedule.boundary)).expand(len(pairs), -1)
+            batch = align_responses(prompts[start : start + num_rows], responses[start : start + num_rows])
             logits_BTV = self.forward(
-                torch.tensor(rows),
-                is_decode_BT=is_decode_BT,
-                attention_mask_BS=torch.tensor(masks),
-                num_logits=num_logits,
+                batch.input_ids_BT,
+                is_decode_BT=batch.is_decode_BT(self.schedule.boundary),
+                attention_mask_BS=batch.attention_mask_BT,
+                num_logits=batch.num_logits,
             )
-            for (_, response), logits_TV in zip(pairs, logits_BTV, strict=True):
-                yield logits_TV[: len(response)]
+            for length, logits_TV in zip(batch.response_lengths, logits_BTV, strict=True):
+                yield logits_TV[:length]
 
     def _counted(self, flags: dict[Phase, bool]) -> Tensor | None:
         """Which tokens of the pass count, [B, T, 1]; None where all do."""

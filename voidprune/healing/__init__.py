@@ -1,0 +1,1 @@
+"""Layers that stay learn to do without those that went."""

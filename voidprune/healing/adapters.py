@@ -1,0 +1,125 @@
+"""What of a student is trained, and what of it ends up in a checkpoint: low-rank adapters through peft, or the weights themselves.
+
+Adapters are merged into the matrices that they adapt, so that the checkpoint stays stock either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from voidprune.errors import HealingError, MissingExtraError
+from voidprune.models.architecture import FamilySpec
+from voidprune.models.families import find_family
+
+
+class Parameters(StrEnum):
+    """What is trained: low-rank changes of the layers' matrices, or all weights of the layers."""
+
+    LORA = "lora"
+    FULL = "full"
+
+
+class Trainable:
+    """A student whose parameters that are trained require gradients, in float32, and no others."""
+
+    def __init__(
+        self, student: PreTrainedModel, *, parameters: Parameters, rank: int, alpha: int, embeddings: bool, seed: int
+    ) -> None:
+        self.student = student
+        self._spec = find_family(student.config.to_dict())
+        self._dtype = student.dtype
+        self._peft: Any = None
+        student.requires_grad_(False)
+        chosen = _trained_weights(student, self._spec, matrices=parameters is Parameters.LORA, embeddings=embeddings)
+        self._changed = sorted(chosen)
+        if parameters is Parameters.LORA:
+            self._peft = _add_adapters(student, [name.removesuffix(".weight") for name in chosen], rank, alpha, seed)
+        else:
+            student.float()  # type: ignore[no-untyped-call]
+            for parameter in chosen.values():
+                parameter.requires_grad_(True)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by its name in the student."""
+        return {name: parameter for name, parameter in self.student.named_parameters() if parameter.requires_grad}
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters().items():
+                parameter.copy_(values[name])
+
+    def merge(self) -> dict[str, Tensor]:
+        """End the training: a stock student in its own dtype again. Returns what was trained, by its names in a checkpoint."""
+        if self._peft is not None:
+            self._peft.merge_and_unload()
+        self.student.requires_grad_(False).to(self._dtype)  # type: ignore[arg-type]
+        weights = dict(self.student.named_parameters())
+        return {checkpoint_name(name, self.student, self._spec): weights[name].detach() for name in self._changed}
+
+
+def checkpoint_name(parameter: str, student: PreTrainedModel, spec: FamilySpec) -> str:
+    """What a parameter of the model that transformers makes of a checkpoint is called in that checkpoint."""
+    if parameter.startswith(spec.modules.layers + "."):
+        return spec.tensors.layers + parameter.removeprefix(spec.modules.layers)
+    ends = {id(weight): name for name, weight in _end_weights(student, spec).items()}
+    return ends[id(student.get_parameter(parameter))]
+
+
+def _end_weights(student: PreTrainedModel, spec: FamilySpec) -> dict[str, nn.Parameter]:
+    """The embedding and the head, by their names in a checkpoint. A tied head is the embedding."""
+    embedding, head = (
+        module.get_parameter("weight")
+        for module in (student.get_input_embeddings(), student.get_output_embeddings())  # type: ignore[no-untyped-call]
+    )
+    named = {f"{spec.tensors.head}.weight": head, f"{spec.tensors.embedding}.weight": embedding}
+    return {
+        name: weight
+        for name, weight in named.items()
+        if name.startswith(spec.tensors.embedding) or weight is not embedding
+    }
+
+
+def _trained_weights(
+    student: PreTrainedModel, spec: FamilySpec, *, matrices: bool, embeddings: bool
+) -> dict[str, nn.Parameter]:
+    """The weights of the layers, or only the matrices of linear maps, by their names in the student.
+
+    Experts stay as they are: transformers keeps them in other tensors than checkpoints do.
+    """
+    prefix = spec.modules.layers + "."
+    experts = (spec.tensors.experts + ".", "mlp.experts.")
+    found = {}
+    for path, module in student.named_modules():
+        _, _, inner = path.removeprefix(prefix).partition(".")
+        if not path.startswith(prefix) or f"{inner}.".startswith(experts):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if not matrices or (isinstance(module, nn.Linear) and name == "weight"):
+                found[f"{path}.{name}"] = parameter
+    if embeddings and not matrices:
+        ends = {id(weight) for weight in _end_weights(student, spec).values()}
+        found |= {name: parameter for name, parameter in student.named_parameters() if id(parameter) in ends}
+    if not found:
+        raise HealingError(
+            f"nothing in the layers of this {spec.model_type} model can be adapted", hint="train its full weights"
+        )
+    return found
+
+
+def _add_adapters(student: PreTrainedModel, targets: list[str], rank: int, alpha: int, seed: int) -> Any:
+    """Low-rank adapters (arXiv 2106.09685) of these linear maps: W + alpha / rank * B A, with B zero at first."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise MissingExtraError("peft is not installed", hint="pip install 'voidprune[heal]'") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(student, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0))
