@@ -72,6 +72,14 @@ def test_model_is_stock_and_in_evaluation_mode(llama: TinyModel, dtype: str, exp
     assert not model.training
 
 
+def test_a_model_that_is_loaded_in_inference_mode_can_be_trained(llama: TinyModel) -> None:
+    with torch.inference_mode():
+        model = load_model(llama.folder)
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert model.model.layers[0].mlp.down_proj.weight.grad is not None
+
+
 def test_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"transformers cannot load {tmp_path}"):
         load_model(tmp_path)

@@ -28,7 +28,10 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> PreTrainedModel:
-    """A stock `AutoModelForCausalLM` in evaluation mode. No remote code. Raises ModelError."""
+    """A stock `AutoModelForCausalLM` in evaluation mode, which can be trained wherever this is called. No remote code.
+
+    Raises ModelError, RuntimeProviderError.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -37,13 +40,16 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     refuse_packed(folder)
     try:
-        outcome: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, DTYPES[dtype]),
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with torch.inference_mode(
+            False
+        ):  # else who calls this in inference mode gets weights that can never be trained
+            outcome: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, DTYPES[dtype]),
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"transformers cannot load {folder}: {_first_line(error)}") from error
     model, found = outcome
@@ -51,7 +57,8 @@ def load_model(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Pre
         raise ModelError(f"{folder} lacks {min(missing)}; transformers would make it up")
     check_rotary_frequencies(model, folder)
     try:
-        loaded: PreTrainedModel = model.to(device).eval()
+        with torch.inference_mode(False):
+            loaded: PreTrainedModel = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise RuntimeProviderError(
             f"torch cannot use the device {device}: {_first_line(error)}", hint="use --device cpu or --provider cpu"
