@@ -9,14 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
+import torch
 
 from tests.tiny_models import NUM_LAYERS, TinyModel
 from voidprune import artifacts
 from voidprune.errors import CheckpointError
 from voidprune.models.checkpoint import layer_tensor_groups, layer_tensor_order, read_header, weights_hash
-from voidprune.models.copying import INDEX_FILE, WEIGHTS_FILE, copy_tensors, cut_shards, write_weights
+from voidprune.models.copying import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    copy_tensors,
+    cut_shards,
+    overwrite_tensors,
+    write_weights,
+)
 from voidprune.models.tensors import TensorRecord, same_bytes
 
 ALL = range(NUM_LAYERS)
@@ -169,3 +178,28 @@ def test_same_bytes(llama: TinyModel) -> None:
     one = llama.checkpoint.tensors["model.layers.0.mlp.up_proj.weight"]
     assert same_bytes(one, one)
     assert not any(same_bytes(one, other) for other in records if other is not one)
+
+
+@pytest.mark.parametrize("dtype", [None, "BF16"])
+def test_tensors_get_new_values_where_they_are(llama: TinyModel, tmp_path: Path, dtype: str | None) -> None:
+    write(llama, tmp_path / "out", max_shard_bytes=100_000, dtype=dtype)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.safetensors")}
+    records = {name: record for file in before for name, record in read_header(tmp_path / "out" / file).items()}
+    name = "model.layers.2.mlp.down_proj.weight"
+    values = np.random.default_rng(0).normal(size=records[name].shape).astype(np.float32)
+    assert overwrite_tensors([(records[name], values)]) == {records[name].file}
+    for file, content in before.items():
+        tensors = safetensors.torch.load(content)
+        for found, tensor in safetensors.torch.load_file(tmp_path / "out" / file).items():
+            expected = torch.from_numpy(values).to(tensor.dtype) if found == name else tensors[found]
+            assert torch.equal(tensor, expected)
+        assert read_header(tmp_path / "out" / file).keys() == tensors.keys()
+
+
+def test_values_that_a_dtype_does_not_hold_are_refused(llama: TinyModel, tmp_path: Path) -> None:
+    write(llama, tmp_path / "out", max_shard_bytes=llama.checkpoint.num_bytes, dtype="F16")
+    content = (tmp_path / "out" / WEIGHTS_FILE).read_bytes()
+    record = read_header(tmp_path / "out" / WEIGHTS_FILE)["model.norm.weight"]
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has values that are infinite in F16"):
+        overwrite_tensors([(record, np.full(record.shape, 1e6, np.float32))])
+    assert (tmp_path / "out" / WEIGHTS_FILE).read_bytes() == content

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from voidprune.errors import CheckpointError
 from voidprune.models.tensors import (
@@ -30,6 +31,9 @@ from voidprune.models.tensors import (
     stored_bytes,
     stored_dtype,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -174,6 +178,31 @@ def encode_entries(
     text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **entries}, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     return struct.pack("<Q", len(text)) + text
+
+
+def overwrite_tensors(tensors: Iterable[tuple[TensorRecord, np.ndarray[Any, Any]]]) -> set[Path]:
+    """Give tensors of files of ours new values, in their own dtypes. Returns the files that changed; what hashes were known of them
+    are no more.
+
+    Raises CheckpointError where a value is not finite in the tensor's dtype, naming it.
+    """
+    import numpy as np
+
+    changed = set()
+    for record, values in tensors:
+        assert values.shape == record.shape, record.name
+        with np.errstate(over="ignore"):
+            converted = values.astype(numpy_dtype(record.dtype))
+        if not np.isfinite(converted).all():
+            raise CheckpointError(
+                f"{record.name} has values that are infinite in {record.dtype}",
+                hint="give the model in bf16 or fp32 (voidprune export --precision)",
+            )
+        with _opened(record.file, os.O_WRONLY) as out:
+            os.lseek(out, record.offset, os.SEEK_SET)
+            _write_all(out, converted.tobytes())
+        changed.add(record.file)
+    return changed
 
 
 @dataclass(frozen=True)
