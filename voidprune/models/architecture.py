@@ -179,6 +179,13 @@ class FamilySpec:
     aliases: tuple[tuple[str, str], ...] = ()
 
     @property
+    def unfoldable(self) -> str | None:
+        """Why no linear map of what a sublayer adds can be put into its output projection; None where it can."""
+        if (self.modules.attention_branch, self.modules.mlp_branch) == (self.modules.attention, self.modules.mlp):
+            return None
+        return "a norm stands between the output projections of its sublayers and the residual stream"
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """What `voidprune export` writes of this family."""
         return ("hf",) if self.graph is None else ("hf", "onnx")
