@@ -22,6 +22,7 @@ COMMANDS = (
     "probe",
     "plan",
     "compare",
+    "heal",
     "export",
     "generate",
     "show",
@@ -173,6 +174,27 @@ def test_export_plans_by_itself(tmp_path: Path) -> None:
     layers = manifest["schedule"]["model"]["num_layers"]
     assert len(manifest["kept_layers"]) == max(1, int(0.3 * layers + 0.5))
     assert manifest["parity"]["onnx"] <= manifest["parity"]["tolerance"]
+
+
+def test_heal_then_export_without_a_word_on_layers(results: Path, tmp_path: Path) -> None:
+    dropped = invoke("plan", "demo", "-o", tmp_path / "schedule.json", "--drop-layers", "7,8")
+    assert dropped.exit_code == 0, dropped.output
+    arguments = ("heal", "demo", "--schedule", tmp_path / "schedule.json", "--dataset", "yes-no", "--num-samples", 30)
+    healed = invoke(*arguments, "-o", tmp_path / "healed", "--max-new-tokens", 8, "--device", "cpu", "--quiet")
+    assert healed.exit_code == 0, healed.output
+    assert "healed by linear" in healed.stdout
+    exported = invoke("export", tmp_path / "healed", "-o", tmp_path / "slim", "--provider", "cpu", "--json", "--quiet")
+    assert exported.exit_code == 0, exported.output
+    for folder in ("healed", "slim"):
+        manifest = json.loads((tmp_path / folder / "voidprune.json").read_bytes())
+        assert manifest["kept_layers"] == [0, 1, 2, 3, 4, 5, 6, 9, 10, 11]
+        assert manifest["healing"]["methods"] == ["linear"]
+    assert "healed by linear" in invoke("show", tmp_path / "slim").stdout
+    refused = ("eval", tmp_path / "healed", "--tasks", tmp_path / "seen.jsonl")
+    seen = task_rows("yes-no", num_items=30, split="training")[3]
+    (tmp_path / "seen.jsonl").write_text(json.dumps({"prompt": seen.messages[0]["content"], "response": "yes"}))
+    expect_error(*refused, message="1 of the 1 prompts of seen.jsonl were trained on")
+    expect_error(*arguments, "-o", tmp_path / "healed", message="exists")
 
 
 # ---- choosing layers on the model

@@ -36,6 +36,8 @@ def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
     ]
     for name in ("prompts.jsonl", "items.jsonl"):
         (tmp_path / name).write_text("\n".join(items))
+    training = [row.messages[0]["content"] for row in task_rows("yes-no", num_items=30, split="training")]
+    (tmp_path / "training.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in training))
     found = commands()
     assert len(found) >= 8
     for arguments in found:

@@ -541,6 +541,10 @@ def manifest_table(manifest: Manifest) -> Table:
             rows["with activations in 8 bits"] = f"graphs {parity.rounded:.2g} (allowed {parity.rounded_tolerance:.2g})"
     else:
         rows["difference from reference"] = "not verified: nobody ran it"
+    if manifest.healing is not None:
+        rows[f"healed by {', '.join(manifest.healing.methods)}"] = (
+            f"{manifest.healing.held_out.describe()} ({manifest.healing.held_out.num_samples} held-out samples)"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -16,7 +16,18 @@ from tests.strategies import schedules
 from tests.test_schedule import GOLDEN_SCHEDULE, MODEL
 from voidprune import artifacts
 from voidprune.errors import ArtifactError, ModelError, ScheduleError
-from voidprune.execution.manifest import FILE, KIND, VERSION, Graph, Manifest, Parity, is_bundle, read_manifest
+from voidprune.execution.manifest import (
+    FILE,
+    KIND,
+    VERSION,
+    Graph,
+    Healing,
+    HeldOutLoss,
+    Manifest,
+    Parity,
+    is_bundle,
+    read_manifest,
+)
 from voidprune.export.onnx_graph import graph_slots
 from voidprune.schedule import Phase
 
@@ -152,3 +163,45 @@ def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(artifacts.canonical_bytes(GOLDEN_SCHEDULE.to_document()))
     with pytest.raises(ArtifactError, match=r"is not a bundle: its schema is 'voidprune\.schedule/1'"):
         read_manifest(tmp_path)
+
+
+HEALING = Healing(
+    methods=("linear",),
+    settings={"linear": {"held_out": 0.1}},
+    outcomes={"linear": {"branches": [{"layer": 1, "ridge": None}]}},
+    samples="sha256:4",
+    prompts=("0123456789abcdef",),
+    held_out=HeldOutLoss(num_samples=3, num_tokens=40, whole=0.5, before=2.0, after=1),
+)
+
+
+def test_healing_round_trip() -> None:
+    manifest = dataclasses.replace(MANIFEST, healing=HEALING)
+    document = json.loads(artifacts.canonical_bytes(manifest.to_document()))
+    assert Manifest.from_document(document, place="here") == manifest
+    assert HEALING.has_helped
+    assert HEALING.held_out.describe() == "perplexity 7.389 before, 2.718 after, 1.649 of the whole model"
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ((), []),
+        (("methods",), []),
+        (("methods",), [1]),
+        (("samples",), None),
+        (("prompts",), [7]),
+        (("settings",), {"other": {}}),
+        (("outcomes",), 3),
+        (("held_out",), None),
+        (("held_out", "num_tokens"), 0),
+        (("held_out", "after"), "low"),
+        (("colour",), "red"),
+    ],
+    ids=str,
+)
+def test_a_broken_healing_is_named(keys: tuple[str, ...], value: Any) -> None:
+    document = json.loads(artifacts.canonical_bytes(dataclasses.replace(MANIFEST, healing=HEALING).to_document()))
+    change("healing", *keys, value=value)(document)
+    with pytest.raises(ArtifactError, match="here is broken"):
+        Manifest.from_document(document, place="here")

@@ -69,7 +69,11 @@ def test_full_generation_is_the_stock_model_s(family_model: TinyModel) -> None:
     prompt = random_tokens(family_model, 1, 5)
     with torch.inference_mode():
         expected = family_model.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
         )
     with scheduled(family_model.model, full_schedule(family_model.identity)) as running:
         assert running.generate(prompt.tolist(), max_new_tokens=num_tokens) == expected[:, 5:].tolist()

@@ -17,6 +17,7 @@ from voidprune.cli.demo import demo
 from voidprune.cli.evaluate import evaluate
 from voidprune.cli.export import export
 from voidprune.cli.generate import generate
+from voidprune.cli.heal import heal
 from voidprune.cli.plan import plan
 from voidprune.cli.probe import probe
 from voidprune.cli.profile import profile
@@ -63,5 +64,7 @@ def main() -> None:
     """
 
 
-for command in (profile, probe, plan, compare, export, generate, show, families, evaluate, bench, run, report, demo):
+for command in (
+    profile, probe, plan, compare, heal, export, generate, show, families, evaluate, bench, run, report, demo,
+):  # fmt: skip
     main.add_command(command)

@@ -109,15 +109,16 @@ def export(
       voidprune export MODEL -o slim --keep 0.3
       voidprune export MODEL -o small --keep 0.5 --precision int4
       voidprune export MODEL -o fast --goal fast-prompt --dataset prompts.jsonl
+      voidprune export healed -o slim
     """
     from voidprune import artifacts
-    from voidprune.execution.manifest import FILE
+    from voidprune.execution.manifest import FILE, is_bundle
     from voidprune.export.hf_checkpoint import parse_shard_size
     from voidprune.export.publishing import check_push_target, push_bundle
     from voidprune.models.checkpoint import PRECISIONS
     from voidprune.models.packed import PACKED_PRECISIONS
     from voidprune.models.sizes import measure_sizes
-    from voidprune.pipeline.export import default_formats, export_model
+    from voidprune.pipeline.export import default_formats, export_model, own_schedule
     from voidprune.pipeline.models import open_kept_layers, open_model
     from voidprune.pipeline.plan import Planned, plan_from_model
     from voidprune.profiling.profile import read_profile
@@ -148,14 +149,20 @@ def export(
     if packed:
         packing = packing_request(precision, block_size, zero_points, activations, bits, options)
         precision = "keep"
-    request = None if schedule_file is not None else plan_request(seed=seed, **options)
+    says_nothing = all(
+        context.get_parameter_source(name) is ParameterSource.DEFAULT
+        for name in (*options, "schedule_file", "profile_file")
+    )
+    own = says_nothing and is_bundle(Path(model))
+    request = None if own or schedule_file is not None else plan_request(seed=seed, **options)
     runs_model = request is not None and request.runs_model(has_profile=profile_file is not None)
     checkpoint = open_model(model) if runs_model else open_kept_layers(model)
     sizes = measure_sizes(checkpoint, dtype=PRECISIONS.get(precision))
     if request is None:
-        assert schedule_file is not None
-        planned = Planned(read_schedule(schedule_file), sizes)
-        planned.schedule.check_model(checkpoint.identity, place=str(schedule_file))
+        schedule = own_schedule(checkpoint) if schedule_file is None else read_schedule(schedule_file)
+        assert schedule is not None
+        schedule.check_model(checkpoint.identity, place=str(schedule_file))
+        planned = Planned(schedule, sizes)
     else:
         planned = plan_from_model(
             request,

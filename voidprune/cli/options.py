@@ -35,6 +35,18 @@ provider_option = click.option(
     default=None,
     help="onnxruntime provider. Default: cuda where it works.",
 )
+responses_option = click.option(
+    "--responses",
+    type=click.Choice(["generate", "dataset"]),
+    default="generate",
+    show_default=True,
+    help="Let the model answer, or take the responses of the dataset.",
+)
+max_new_tokens_option = click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest response."
+)
+dtype_option = click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: fp32, bf16 on CUDA.")
+device_option = click.option("--device", help='Torch device. Default: "cuda" where there is one, else "cpu".')
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 
 
@@ -110,26 +122,18 @@ trial_options = _together(
     [
         click.option("--dataset", help='To choose by: a JSONL or text file, "demo", or one of its tasks.'),
         click.option("--judging", help="To judge by, in place of every second sample of --dataset."),
-        click.option(
-            "--responses",
-            type=click.Choice(["generate", "dataset"]),
-            default="generate",
-            show_default=True,
-            help="Let the model answer, or take the responses of the dataset.",
-        ),
+        responses_option,
         click.option("--num-samples", type=click.IntRange(min=2), help="Use the first N samples only."),
         click.option("--num-judging", type=click.IntRange(min=1), help="To judge by, of --judging or of each task."),
-        click.option(
-            "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest response."
-        ),
+        max_new_tokens_option,
         click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True),
         click.option(
             "--search-evaluations",
             type=click.IntRange(min=0),
             help="Schedules to try in refining. Default: 8 a layer for a search, none for auto.",
         ),
-        click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: fp32, bf16 on CUDA."),
-        click.option("--device", help='Torch device. Default: "cuda" where there is one, else "cpu".'),
+        dtype_option,
+        device_option,
     ]
 )
 
@@ -192,13 +196,7 @@ calibration_options = _together(
             "--dataset", type=click.Path(path_type=Path), help="JSONL or text. Default: prompts that ship with it."
         ),
         click.option("--num-samples", type=click.IntRange(min=1), help="Use the first N samples only."),
-        click.option(
-            "--responses",
-            type=click.Choice(["generate", "dataset"]),
-            default="generate",
-            show_default=True,
-            help="Let the model answer, or take the responses of the dataset.",
-        ),
+        responses_option,
         click.option(
             "--alpha", type=click.FloatRange(min=0), default=0.8, show_default=True, help="LAC's threshold factor."
         ),
@@ -209,17 +207,13 @@ calibration_options = _together(
             show_default=True,
             help='Norms and thresholds in float32, or in the dtype of the model ("as published").',
         ),
-        click.option(
-            "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest response."
-        ),
+        max_new_tokens_option,
         click.option(
             "--max-length", type=click.IntRange(min=2), help="Longest prompt and response. Default: the context."
         ),
         click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True),
-        click.option(
-            "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default=None, help="Default: fp32, bf16 on CUDA."
-        ),
-        click.option("--device", help='Torch device. Default: "cuda" where there is one, else "cpu".'),
+        dtype_option,
+        device_option,
     ]
 )
 

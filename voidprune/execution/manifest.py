@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,6 +130,69 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class HeldOutLoss:
+    """Nats a response token on the samples that healing held out: of the whole model, and of the pruned one before and after."""
+
+    num_samples: int
+    num_tokens: int
+    whole: float
+    before: float
+    after: float
+
+    def describe(self) -> str:
+        """As perplexities."""
+        whole, before, after = (f"{math.exp(min(loss, 700.0)):.4g}" for loss in (self.whole, self.before, self.after))
+        return f"perplexity {before} before, {after} after, {whole} of the whole model"
+
+    def __post_init__(self) -> None:
+        if any(type(value) is not int or value < 1 for value in (self.num_samples, self.num_tokens)):
+            raise ValueError("the held-out samples of the healing are not counted")
+        if any(type(value) not in (int, float) for value in (self.whole, self.before, self.after)):
+            raise ValueError("a loss of the healing is not a number")
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How a bundle was healed.
+
+    `methods` in their order; `settings` and `outcomes` of each, by its name, are plain JSON. `samples` is the fingerprint of the
+    data (see `calibration.fingerprint_samples`), `prompts` the hashes of all its prompts, fitted or held out: what a model was
+    healed with it may not be evaluated on.
+    """
+
+    methods: tuple[str, ...]
+    settings: Mapping[str, Any]
+    outcomes: Mapping[str, Any]
+    samples: str
+    prompts: tuple[str, ...]
+    held_out: HeldOutLoss
+
+    def __post_init__(self) -> None:
+        if not self.methods or not all(type(text) is str for text in (*self.methods, self.samples, *self.prompts)):
+            raise ValueError("the methods, samples or prompts of the healing are not texts")
+        if not all(
+            isinstance(found, Mapping) and set(found) <= set(self.methods) for found in (self.settings, self.outcomes)
+        ):
+            raise ValueError("the settings and outcomes of the healing are not those of its methods")
+
+    @property
+    def has_helped(self) -> bool:
+        """Whether any weight is other than the source's: only what is better on held-out samples is kept."""
+        return self.held_out.after < self.held_out.before
+
+    @classmethod
+    def from_document(cls, document: Any) -> Healing:
+        """Raises TypeError, ValueError, KeyError."""
+        rest = {name: value for name, value in document.items() if name not in ("methods", "prompts", "held_out")}
+        return cls(
+            methods=tuple(document["methods"]),
+            prompts=tuple(document["prompts"]),
+            held_out=HeldOutLoss(**document["held_out"]),
+            **rest,
+        )
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A bundle. `schedule` speaks of the original model; `kept_layers[i]` is the original number of layer i of the checkpoint.
 
@@ -137,6 +201,7 @@ class Manifest:
     the headers of ours (see `checkpoint.weights_hash`); `files` maps each file to its SHA-256, `sizes` to its bytes. `operators`
     is the operator set of the graphs: "ort" or "standard".
     `dtype` is that of the weights for transformers; with a `quantization`, the graphs read packed matrices and compute in float32.
+    `healing` is None where the weights are the source's.
     """
 
     schedule: Schedule
@@ -155,6 +220,7 @@ class Manifest:
     source_revision: str | None = None
     operators: str = "ort"
     quantization: Quantization | None = None
+    healing: Healing | None = None
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -239,15 +305,16 @@ class Manifest:
             "quantization": None if self.quantization is None else asdict(self.quantization),
             "written_by": self.written_by,
             "operators": self.operators,
+            **({} if self.healing is None else {"healing": asdict(self.healing)}),
         }
 
     @classmethod
     def from_document(cls, document: artifacts.Document, *, place: str) -> Manifest:
-        optional = {"source_revision", "operators", "quantization"}
+        optional = {"source_revision", "operators", "quantization", "healing"}
         required = {"schema", *cls.__dataclass_fields__} - optional
         artifacts.check_keys(document, required=required, optional=optional, place=place)
         try:
-            parity, quantization = document["parity"], document.get("quantization")
+            parity, quantization, healing = document["parity"], document.get("quantization"), document.get("healing")
             return cls(
                 schedule=Schedule.from_document(document["schedule"], place=f"{place}: schedule"),
                 kept_layers=tuple(document["kept_layers"]),
@@ -268,6 +335,7 @@ class Manifest:
                 written_by=document["written_by"],
                 operators=document.get("operators", "ort"),
                 quantization=None if quantization is None else Quantization.from_document(quantization),
+                healing=None if healing is None else Healing.from_document(healing),
             )
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ArtifactError(f"{place} is broken: {error}", hint="export the model again") from error

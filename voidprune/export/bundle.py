@@ -12,15 +12,16 @@ Built in a temporary sibling folder and verified there; a folder under its final
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import voidprune
 from voidprune import artifacts
 from voidprune.errors import CheckpointError, ModelError, OutputError
 from voidprune.execution import manifest as manifests
-from voidprune.execution.manifest import Fidelity, Graph, Manifest, Parity, Quantization
+from voidprune.execution.manifest import Fidelity, Graph, Healing, Manifest, Parity, Quantization
 from voidprune.export.genai import FILE as GENAI_FILE
 from voidprune.export.genai import describe_genai
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, write_slim_checkpoint, write_slim_files
@@ -34,15 +35,27 @@ from voidprune.models.checkpoint import (
     refuse_packed,
     weights_hash,
 )
+from voidprune.models.copying import overwrite_tensors
 from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.packed import packed_file
 from voidprune.models.pretrained import end_tokens
 from voidprune.models.tensors import Advance
 from voidprune.schedule import Phase, Schedule
 
+if TYPE_CHECKING:
+    import numpy as np
+
 FORMATS = ("hf", "onnx")
 
 Verify = Callable[[Path], Parity | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Healed:
+    """What healing changed: new values by the name of a tensor in the slim checkpoint, and the record of it."""
+
+    tensors: Mapping[str, np.ndarray[Any, Any]]
+    record: Healing
 
 
 def export_bundle(
@@ -59,8 +72,13 @@ def export_bundle(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     advance: Advance = lambda _amount: None,
+    healed: Healed | None = None,
+    made_of: Manifest | None = None,
 ) -> Manifest:
     """Write the bundle of a model under a schedule.
+
+    With `healed`, some of its weights are other than the source's. `made_of` is the manifest of a source that is itself a bundle,
+    and `schedule` is its schedule renumbered: what it says of the original model is carried on.
 
     `verify` gets the staged folder, which `read_manifest` and all loaders accept, and returns how far it is from the
     reference, None where that was not measured; what it raises (ParityError) ends the export with nothing published. The
@@ -95,22 +113,28 @@ def export_bundle(
         if packing is not None:
             quantization = _pack(source, schedule.union, stage, packing, advance=advance)
         slim = open_checkpoint(stage, name=folder.name)
+        if healed is not None:
+            values = ((slim.tensors[name], tensor) for name, tensor in healed.tensors.items())
+            for file in overwrite_tensors(values):
+                del hashes[file.name]
+        original = schedule if made_of is None else made_of.schedule
         read_by_graphs = slim if quantization is None else open_packed(stage / quantization.file, name=folder.name)
         graphs = {}
         if "onnx" in formats:
             rounds = quantization is not None and quantization.activations == "int8"
-            graphs = _write_graphs(read_by_graphs, schedule, stage, operators, rounds_activations=rounds)
+            graphs = _write_graphs(read_by_graphs, original, stage, operators, rounds_activations=rounds)
         files = {path.relative_to(stage).as_posix(): path for path in sorted(stage.rglob("*")) if path.is_file()}
         manifest = Manifest(
-            schedule=schedule,
-            kept_layers=schedule.union,
-            slots=schedule.kv_layers,
+            schedule=original,
+            kept_layers=original.union,
+            slots=original.kv_layers,
             dtype=slim.dtype,
             context_length=slim.architecture.context_length,
             graphs=graphs,
             source=source.name,
             source_revision=source.revision,
             source_bytes=sum(file.stat().st_size for file in {record.file for record in source.tensors.values()}),
+            healing=None if healed is None else healed.record,
             weights_header=weights_hash(stage),
             files={name: hashes.get(name) or artifacts.file_hash(path) for name, path in files.items()},
             sizes={name: path.stat().st_size for name, path in files.items()},
@@ -119,6 +143,14 @@ def export_bundle(
             operators=operators,
             quantization=quantization,
         )
+        if made_of is not None:
+            manifest = replace(
+                manifest,
+                source=made_of.source,
+                source_revision=made_of.source_revision,
+                source_bytes=made_of.source_bytes,
+                healing=made_of.healing,
+            )
         _write_manifest(stage, manifest)
         manifest = replace(manifest, parity=verify(stage))
         if quantization is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from voidprune.errors import ModelError
-from voidprune.execution.manifest import Manifest
+from voidprune.execution.manifest import Healing, Manifest
 from voidprune.schedule import Boundary, LayerAction, Phase
 
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -99,6 +99,8 @@ def caveats(manifest: Manifest) -> list[str]:
             "Leaving out layers costs quality, in generation far more than in multiple choice, unless the model is healed. "
             "Measure it on your own task with voidprune eval."
         )
+    if manifest.healing is not None:
+        found.append(_render_healing(manifest.healing))
     if schedule.prefill != schedule.decode or any(
         action not in (LayerAction.FULL, LayerAction.SKIP) for action in schedule.prefill
     ):
@@ -124,6 +126,16 @@ def caveats(manifest: Manifest) -> list[str]:
             "that fewer layers have changed."
         )
     return found or ["This is the whole model."]
+
+
+def _render_healing(healing: Healing) -> str:
+    if not healing.has_helped:
+        return "Healing was tried and helped nothing on held-out samples: the weights are the source's."
+    return (
+        f"Healed ({', then '.join(healing.methods)}): its weights are not the source's. On {healing.held_out.num_samples} "
+        f"held-out samples, {healing.held_out.describe()}. voidprune eval refuses the {len(healing.prompts)} prompts that it was "
+        "healed with."
+    )
 
 
 def _new_number(manifest: Manifest, layer: int) -> str:
@@ -156,8 +168,9 @@ def _render_parity(manifest: Manifest) -> str:
         if parity.layer_streamed
         else f"over {parity.num_prompts} prompts with {parity.num_decode_steps} decode steps each and a second turn"
     )
+    model = "source" if manifest.healing is None else "healed"
     return (
-        f"Largest difference of logits from the reference (the source model, its weights in {manifest.dtype}, with the dropped "
+        f"Largest difference of logits from the reference (the {model} model, its weights in {manifest.dtype}, with the dropped "
         f"parts left out), {how}: {compared}; allowed, {parity.tolerance:.2g}.{packed}"
     )
 

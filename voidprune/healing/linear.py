@@ -75,12 +75,13 @@ def check_foldable(checkpoint: Checkpoint) -> None:
     hint = "heal it with --method distill"
     architecture = checkpoint.architecture
     names, reason = architecture.spec.tensors, architecture.spec.unfoldable
+    mlp_norm = None if names.mlp_norm is None else f"{names.layer(0, names.mlp_norm)}.weight"
     if checkpoint.config.get("quantization_config"):
         reason = "its weights are quantized, and a fitted projection is not"
         hint = "heal the checkpoint that was quantized, then quantize it again"
     elif architecture.experts_per_token:
         reason = "it has a mixture of experts, and so no single down projection"
-    elif reason is None and f"{names.layer(0, names.mlp_norm)}.weight" not in checkpoint.tensors:
+    elif reason is None and mlp_norm not in checkpoint.tensors:
         reason = "its attention and MLP read the same stream side by side"
     if reason is not None:
         raise HealingError(

@@ -470,8 +470,6 @@ STARCODER2 = FamilySpec(
         mlp_bias="use_bias",
         windows=Windows.ALL_LAYERS,
     ),
-    defaults={"tie_word_embeddings": True, "num_key_value_heads": 2, "max_position_embeddings": 4096},
-    tensors=TensorNames(down="mlp.c_proj"),
 )
 
 STABLELM = FamilySpec(

@@ -30,7 +30,7 @@ def benchmark_bundle(
     seed: int = 0,
     track: Track = untracked,
 ) -> artifacts.Document:
-    """Benchmark a bundle beside the whole model, exported for the occasion in the same precision where it is no bundle yet."""
+    """Benchmark a bundle beside the whole model. What has no graphs yet is exported for the occasion, in the same precision."""
     if threads is not None:
         size_thread_pool(threads)
     provider = provider or default_provider()
@@ -45,9 +45,14 @@ def benchmark_bundle(
             baseline_folder = Path(scratch) / "baseline"
             schedule = full_schedule(whole.identity, boundary=manifest.schedule.boundary)
             _export_baseline(whole, schedule, baseline_folder, manifest, provider=provider)
+        pruned_folder = folder
+        if not manifest.graphs:
+            healed = open_model(str(folder))
+            pruned_folder = Path(scratch) / "pruned"
+            export_model(healed, manifest.schedule.on_slim_model(healed.identity), pruned_folder, provider=provider)
         with track("timing", num_rounds + 1, "rounds") as advance:
             benchmark = run_benchmark(
-                {"whole model": baseline_folder, "pruned": folder},
+                {"whole model": baseline_folder, "pruned": pruned_folder},
                 provider=provider,
                 threads=threads,
                 prompt_length=prompt_length,

@@ -13,11 +13,12 @@ from voidprune.errors import ModelError, ScheduleError
 from voidprune.execution.manifest import is_bundle, read_manifest
 from voidprune.execution.reference import scheduled
 from voidprune.execution.session import BundleSession
+from voidprune.healing.training_data import check_disjoint
 from voidprune.models.checkpoint import Checkpoint, open_packed, precision_name
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
 from voidprune.pipeline.models import default_provider, open_model
 from voidprune.pipeline.progress import Track, untracked
-from voidprune.profiling.calibration import Row, encode_rows
+from voidprune.profiling.calibration import Row, Sample, encode_rows
 from voidprune.quality.agreement import Agreement, OpenRunner, measure_agreement
 from voidprune.quality.evaluation import Evaluation, count_differences, count_steps, evaluate, require_agreement
 from voidprune.quality.layer_streaming import resident_model
@@ -126,8 +127,9 @@ def evaluate_checkpoint(
 ) -> EvaluationReport:
     """Evaluate a bundle (reference and graphs, which must agree in float32) or a model (whole, and under a schedule).
 
-    All runners are in memory together, because their predictions are compared batch by batch. Raises ParityError where a float32
-    bundle disagrees with its reference, ScheduleError and ModelError where the options do not go with what the checkpoint is.
+    All runners are in memory together, because their predictions are compared batch by batch. Raises HealingError where a bundle
+    was healed with these items, ParityError where a float32 bundle disagrees with its reference, ScheduleError and ModelError where
+    the options do not go with what the checkpoint is.
     """
     tokenizer = load_tokenizer(checkpoint.folder)
     ends = end_tokens(checkpoint.folder)
@@ -138,6 +140,7 @@ def evaluate_checkpoint(
         max_length=checkpoint.architecture.context_length,
         max_new_tokens=max_new_tokens,
     )
+    check_never_healed_with(checkpoint, samples, dataset=dataset)
     runners, judged_schedule = open_runners(checkpoint, schedule=schedule, baseline=baseline, provider=provider)
     results: dict[str, Evaluation] = {}
     for label, opened in runners.items():
@@ -172,6 +175,13 @@ def evaluate_checkpoint(
         agreements=agreements,
         different=different,
     )
+
+
+def check_never_healed_with(checkpoint: Checkpoint, samples: Sequence[Sample], *, dataset: str) -> None:
+    """Raise HealingError where a bundle was healed with items that it is to be evaluated on."""
+    healing = read_manifest(checkpoint.folder).healing if is_bundle(checkpoint.folder) else None
+    if healing is not None:
+        check_disjoint(healing.prompts, [sample.prompt for sample in samples], what=dataset)
 
 
 def open_runners(

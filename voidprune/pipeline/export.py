@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from voidprune.errors import ModelError
-from voidprune.execution.manifest import Manifest, Parity
+from voidprune.execution.manifest import Manifest, Parity, is_bundle, read_manifest
 from voidprune.export.bundle import FORMATS, export_bundle
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, slim_bytes, slim_tensors
 from voidprune.export.quantize import Packing, packed_bytes
@@ -59,6 +59,9 @@ def export_model(
 
     `accept` gets the staged folder once it is verified, and may refuse it by raising: `gates.gate_bundle`. Of a checkpoint that
     was opened on the Hub, only the tensors of kept layers are fetched.
+
+    A bundle under its own schedule, such as a healed model, stays what it is: the schedule and the layer numbers of the original
+    model are carried on.
     """
     provider = provider or default_provider()
     schedule.check_model(checkpoint.identity, place="the schedule")
@@ -106,7 +109,20 @@ def export_model(
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             advance=advance,
+            made_of=_own_manifest(checkpoint, schedule),
         )
+
+
+def own_schedule(checkpoint: Checkpoint) -> Schedule | None:
+    """The schedule of a bundle, for its layers as they are numbered there; None where the checkpoint is no bundle."""
+    if not is_bundle(checkpoint.folder):
+        return None
+    return read_manifest(checkpoint.folder).schedule.on_slim_model(checkpoint.identity)
+
+
+def _own_manifest(checkpoint: Checkpoint, schedule: Schedule) -> Manifest | None:
+    own = own_schedule(checkpoint)
+    return None if own is None or own != schedule else read_manifest(checkpoint.folder)
 
 
 def _check_verifiable(checkpoint: Checkpoint, *, unverified: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from voidprune.errors import ContextLengthError, ModelError, ScheduleError
 from voidprune.execution.generation import Conversation, Ending, Responses
-from voidprune.execution.manifest import is_bundle
+from voidprune.execution.manifest import read_manifest
 from voidprune.execution.reference import scheduled
 from voidprune.execution.reference_conversation import ReferenceConversation
 from voidprune.execution.sampling import Sampling
@@ -24,6 +24,7 @@ from voidprune.models.pretrained import (
     load_model,
     load_tokenizer,
 )
+from voidprune.pipeline.export import own_schedule
 from voidprune.pipeline.models import default_provider, open_model
 from voidprune.pipeline.text_stream import TextStream
 from voidprune.profiling.calibration import read_rows
@@ -68,16 +69,16 @@ class Style:
 def open_speaker(name: str, *, schedule: Schedule | None = None, provider: str | None = None) -> Iterator[Speaker]:
     """Load a bundle, or a model, whole or under a schedule, for the block. Raises every VoidpruneError of loading."""
     checkpoint = open_model(name)
-    bundled = is_bundle(checkpoint.folder)
-    if bundled and schedule is not None:
+    own = own_schedule(checkpoint)
+    if own is not None and schedule is not None:
         raise ScheduleError(f"{name} is a bundle and has its schedule already", hint="give the whole model")
     tokenizer, ends = load_tokenizer(checkpoint.folder), end_tokens(checkpoint.folder)
     context = checkpoint.architecture.context_length
-    if bundled:
+    if own is not None and read_manifest(checkpoint.folder).graphs:
         session = BundleSession(checkpoint.folder, provider=provider or default_provider())
         yield Speaker(name, tokenizer, ends, context, session.manifest.schedule, session.start, session)
         return
-    schedule = schedule or full_schedule(checkpoint.identity)
+    schedule = schedule or own or full_schedule(checkpoint.identity)
     schedule.check_model(checkpoint.identity, place="the schedule")
     with scheduled(load_model(checkpoint.folder, device=default_device()), schedule) as running:
 
