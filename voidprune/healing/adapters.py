@@ -6,23 +6,16 @@ Adapters are merged into the matrices that they adapt, so that the checkpoint st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from voidprune.errors import HealingError, MissingExtraError
+from voidprune.errors import MissingExtraError
+from voidprune.healing.settings import Parameters
 from voidprune.models.architecture import FamilySpec
 from voidprune.models.families import find_family
-
-
-class Parameters(StrEnum):
-    """What is trained: low-rank changes of the layers' matrices, or all weights of the layers."""
-
-    LORA = "lora"
-    FULL = "full"
 
 
 class Trainable:
@@ -39,7 +32,9 @@ class Trainable:
         chosen = _trained_weights(student, self._spec, matrices=parameters is Parameters.LORA, embeddings=embeddings)
         self._changed = sorted(chosen)
         if parameters is Parameters.LORA:
-            self._peft = _add_adapters(student, [name.removesuffix(".weight") for name in chosen], rank, alpha, seed)
+            place = self._spec.modules.layers
+            targets = [name.removeprefix(place + ".").removesuffix(".weight") for name in chosen]
+            self._peft = _add_adapters(student.get_submodule(place), targets, rank, alpha, seed)
         else:
             student.float()  # type: ignore[no-untyped-call]
             for parameter in chosen.values():
@@ -65,10 +60,15 @@ class Trainable:
 
 def checkpoint_name(parameter: str, student: PreTrainedModel, spec: FamilySpec) -> str:
     """What a parameter of the model that transformers makes of a checkpoint is called in that checkpoint."""
-    if parameter.startswith(spec.modules.layers + "."):
-        return spec.tensors.layers + parameter.removeprefix(spec.modules.layers)
-    ends = {id(weight): name for name, weight in _end_weights(student, spec).items()}
-    return ends[id(student.get_parameter(parameter))]
+    place = spec.modules.layers + "."
+    if not parameter.startswith(place):
+        ends = {id(weight): name for name, weight in _end_weights(student, spec).items()}
+        return ends[id(student.get_parameter(parameter))]
+    index, _, suffix = parameter.removeprefix(place).partition(".")
+    older = spec.modules.mlp_in_transformers_4
+    if older is not None and suffix.startswith(spec.modules.mlp + "."):
+        suffix = older + suffix.removeprefix(spec.modules.mlp)
+    return spec.tensors.layer(int(index), suffix)
 
 
 def _end_weights(student: PreTrainedModel, spec: FamilySpec) -> dict[str, nn.Parameter]:
@@ -77,12 +77,8 @@ def _end_weights(student: PreTrainedModel, spec: FamilySpec) -> dict[str, nn.Par
         module.get_parameter("weight")
         for module in (student.get_input_embeddings(), student.get_output_embeddings())  # type: ignore[no-untyped-call]
     )
-    named = {f"{spec.tensors.head}.weight": head, f"{spec.tensors.embedding}.weight": embedding}
-    return {
-        name: weight
-        for name, weight in named.items()
-        if name.startswith(spec.tensors.embedding) or weight is not embedding
-    }
+    named = {f"{spec.tensors.embedding}.weight": embedding}
+    return named if head is embedding else {**named, f"{spec.tensors.head}.weight": head}
 
 
 def _trained_weights(
@@ -92,34 +88,37 @@ def _trained_weights(
 
     Experts stay as they are: transformers keeps them in other tensors than checkpoints do.
     """
-    prefix = spec.modules.layers + "."
-    experts = (spec.tensors.experts + ".", "mlp.experts.")
+    linear = {f"{path}.weight" for path, module in student.named_modules() if isinstance(module, nn.Linear)}
+    ends = {id(weight) for weight in _end_weights(student, spec).values()} if embeddings and not matrices else set()
     found = {}
-    for path, module in student.named_modules():
-        _, _, inner = path.removeprefix(prefix).partition(".")
-        if not path.startswith(prefix) or f"{inner}.".startswith(experts):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if not matrices or (isinstance(module, nn.Linear) and name == "weight"):
-                found[f"{path}.{name}"] = parameter
-    if embeddings and not matrices:
-        ends = {id(weight) for weight in _end_weights(student, spec).values()}
-        found |= {name: parameter for name, parameter in student.named_parameters() if id(parameter) in ends}
-    if not found:
-        raise HealingError(
-            f"nothing in the layers of this {spec.model_type} model can be adapted", hint="train its full weights"
-        )
+    for name, parameter in student.named_parameters():
+        if name.startswith(spec.modules.layers + "."):
+            place = spec.tensors.layer_of(checkpoint_name(name, student, spec))
+            assert place is not None
+            if not place[1].startswith(spec.tensors.experts + ".") and (not matrices or name in linear):
+                found[name] = parameter
+        elif id(parameter) in ends:
+            found[name] = parameter
     return found
 
 
-def _add_adapters(student: PreTrainedModel, targets: list[str], rank: int, alpha: int, seed: int) -> Any:
-    """Low-rank adapters (arXiv 2106.09685) of these linear maps: W + alpha / rank * B A, with B zero at first."""
+def _add_adapters(layers: nn.Module, targets: list[str], rank: int, alpha: int, seed: int) -> Any:
+    """Low-rank adapters (arXiv 2106.09685) of these linear maps: W + alpha / rank * B A, with B zero at first.
+
+    peft is given the layers alone: of a whole transformers model it asks the config, and takes a dense MLP beside experts for one
+    of these (0.21.2).
+    """
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, LoraModel
     except ModuleNotFoundError as error:
         if error.name != "peft":
             raise
         raise MissingExtraError("peft is not installed", hint="pip install 'voidprune[heal]'") from error
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(student, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0))
+        adapted = LoraModel(layers, config, "default")
+    for parameter in layers.parameters():
+        if parameter.requires_grad:  # an adapter; peft gives it the dtype of what it adapts
+            parameter.data = parameter.data.float()
+    return adapted
