@@ -74,7 +74,7 @@ def test_student_learns(llama: TinyModel, tmp_path: Path, parameters: Parameters
     settings = replace(SHORT, parameters=parameters, learning_rate=None, steps=30, evaluate_every=10)
     done = run(llama, tmp_path, settings, report=measurements.append)
     assert done.improved
-    assert done.loss_after < 0.8 * done.loss_before
+    assert done.loss_after < 0.95 * done.loss_before
     assert [measurement.step for measurement in measurements] == [0, 10, 20, 30]
     assert tuple(measurements) == done.history
     assert done.stopped == "steps"
@@ -201,7 +201,7 @@ def test_two_processes_train_what_one_trains(llama: TinyModel, tmp_path: Path) -
     plain = run(llama, tmp_path / "plain")
     assert found.keys() == plain.state.keys()
     for name, tensor in plain.state.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_time_that_is_up_ends_it_cleanly(llama: TinyModel, tmp_path: Path) -> None:

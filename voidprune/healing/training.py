@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from voidprune.errors import HealingError
+from voidprune.execution.reference import decoder_layers
 from voidprune.healing.adapters import Trainable
 from voidprune.healing.lesson import Lesson
 from voidprune.healing.settings import DistillSettings
@@ -27,6 +28,7 @@ from voidprune.healing.training_state import (
     restore_optimizer,
     write_state,
 )
+from voidprune.models.families import find_family
 from voidprune.profiling.calibration import Sample
 from voidprune.schedule import Schedule
 
@@ -142,9 +144,10 @@ class Training:
 def checkpointed(student: PreTrainedModel) -> Iterator[None]:
     """Let the layers forget what they computed and run again for their gradients. Raises HealingError where they cannot.
 
-    transformers asks the layers for training mode before it does so. Only they are told; what is inside stays in evaluation mode,
-    so that nothing is dropped out.
+    transformers asks a layer for training mode before it does so. Only the layers are told; what is inside of them stays in
+    evaluation mode, so that nothing is dropped out.
     """
+    layers = decoder_layers(student, find_family(student.config.to_dict()).modules)
     try:
         # transformers 5.23 calls by another name what 4.57 and others know by this one.
         if hasattr(student, "activation_checkpointing_enable"):
@@ -155,7 +158,6 @@ def checkpointed(student: PreTrainedModel) -> Iterator[None]:
         raise HealingError(
             f"transformers cannot checkpoint the layers of {type(student).__name__}", hint="train without checkpointing"
         ) from error
-    layers = [module for module in student.modules() if getattr(module, "gradient_checkpointing", False)]
     for layer in layers:
         layer.training = True
     try:
@@ -163,4 +165,7 @@ def checkpointed(student: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-            layer.gradient_checkpointing = False  # type: ignore[assignment]
+        if hasattr(student, "activation_checkpointing_disable"):
+            student.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
+        else:
+            student.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
