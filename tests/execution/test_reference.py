@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.strategies import schedules
-from tests.tiny_models import NUM_LAYERS, TinyModel
+from tests.tiny_models import NUM_LAYERS, TinyModel, build_model
 from voidprune.execution import reference
-from voidprune.execution.reference import decode_mask, decoder_layers, scheduled
+from voidprune.execution.reference import align_responses, decode_mask, decoder_layers, scheduled
 from voidprune.export.hf_checkpoint import write_slim_checkpoint
 from voidprune.models.pretrained import load_model
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, dropped_schedule, full_schedule
@@ -264,6 +264,41 @@ def test_keys_and_values_that_are_not_written_are_not_read(llama: TinyModel, dat
     with scheduled(llama.model, schedule) as running, torch.inference_mode():
         expected = run(spoil=False)
         assert torch.equal(run(spoil=True), expected)
+
+
+# ---- gradients
+
+
+def test_differentiable_pass_is_the_same_with_gradients(tmp_path: Path) -> None:
+    """They reach a sublayer exactly where it counts for some token."""
+    source = build_model("llama", tmp_path)
+    schedule = Schedule(
+        model=source.identity,
+        prefill=(A.FULL, A.KV_ONLY, A.FULL, A.FULL, A.FULL, A.KV_ONLY),
+        decode=(A.FULL, A.SKIP_MLP, A.FULL, A.FULL, A.FULL, A.SKIP_MLP),
+    )
+    tokens_BT = random_tokens(source, 2, 9)
+    is_decode_BT = mask(tokens_BT, schedule, num_prompt_tokens=5)
+    with scheduled(source.model, schedule) as running:
+        expected = running.forward(tokens_BT, is_decode_BT=is_decode_BT)
+        found = running.differentiable(tokens_BT, is_decode_BT=is_decode_BT)
+        found.square().mean().backward()
+    assert torch.equal(found, expected)
+    gradients = [
+        (float(layer.self_attn.o_proj.weight.grad.abs().max()), float(layer.mlp.down_proj.weight.grad.abs().max()))
+        for layer in source.model.model.layers
+    ]
+    counts = [(True, number not in (1, 5)) for number in range(NUM_LAYERS)]
+    assert [(attention > 0, mlp > 0) for attention, mlp in gradients] == counts
+
+
+def test_responses_begin_in_one_column() -> None:
+    batch = align_responses([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]])
+    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 9, 0], [0, 0, 8, 11, 12]]
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert batch.num_logits == 3
+    for boundary, first in ((Boundary.DECODE, 2), (Boundary.PREFILL, 3)):
+        assert batch.is_decode_BT(boundary).tolist() == [[column >= first for column in range(5)]] * 2
 
 
 # ---- hooks

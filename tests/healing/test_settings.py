@@ -19,6 +19,7 @@ from voidprune.healing.settings import DistillSettings
         ({"steps": 0}, "steps is 0"),
         ({"rank": -1}, "rank is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_pass_tokens": 0}, "max_pass_tokens is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"max_minutes": math.inf}, "max_minutes is inf"),
         ({"warmup": 1.0}, "warm-up 1,"),
@@ -48,6 +49,12 @@ def test_default_learning_rate_shrinks_with_the_width() -> None:
     small, large = (settings.learning_rate_at(0, hidden_size=size) for size in (128, 4096))
     assert small == pytest.approx(32 * large)
     assert 1e-5 < large < 1e-4
+
+
+def test_passes_shrink_with_the_vocabulary() -> None:
+    settings = DistillSettings()
+    assert [settings.pass_tokens(vocab_size=size) for size in (606, 32_000, 152_064, 2**30)] == [8192, 8192, 1765, 1]
+    assert DistillSettings(max_pass_tokens=100).pass_tokens(vocab_size=152_064) == 100
 
 
 def test_document_is_json() -> None:

@@ -122,7 +122,7 @@ def distill(
         teacher=(teacher, whole),
         student=student,
         loss=settings.loss,
-        max_tokens=settings.max_pass_tokens,
+        max_tokens=settings.pass_tokens(vocab_size=student.get_output_embeddings().weight.shape[0]),  # type: ignore[no-untyped-call]
         precision=settings.precision,
     ) as lesson:
         taught = (

@@ -18,6 +18,10 @@ class Parameters(StrEnum):
     FULL = "full"
 
 
+PASS_TOKENS = 8192
+PASS_LOGITS = 2**28
+"""A GiB in float32; the loss and its gradients need about six of them at a time."""
+
 LEARNING_RATES = {Parameters.LORA: 0.8, Parameters.FULL: 0.15}
 """Peak learning rate times hidden size."""
 
@@ -31,7 +35,7 @@ class DistillSettings:
     - `learning_rate`: the peak; by default a number over the hidden size, LEARNING_RATES, because the best step of Adam shrinks
       with the width (arXiv 2203.03466). It rises over the share `warmup` of `steps`, then falls along a cosine to zero.
     - `batch_size`: samples a step, over all processes. They go through the models in passes of at most `max_pass_tokens`, padding
-      counted: gradients add up over as many passes as that takes.
+      counted (by default PASS_TOKENS, or less where the vocabulary is large): gradients add up over as many passes as that takes.
     - Every `evaluate_every` steps, and at the end, the loss of the held-out samples (a share `held_out` of all) is measured and the
       state is written. Training ends early once `patience` measurements in a row were no better than the best one, or after
       `max_minutes` of training; the learning rate follows the steps, so whoever limits minutes limits `steps` to what they hold.
@@ -50,7 +54,7 @@ class DistillSettings:
     max_gradient: float = 1.0
     steps: int = 1000
     batch_size: int = 32
-    max_pass_tokens: int = 8192
+    max_pass_tokens: int | None = None
     evaluate_every: int = 100
     patience: int = 5
     held_out: float = 0.05
@@ -64,8 +68,9 @@ class DistillSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", Parameters(self.parameters))
         for name in ("rank", "alpha", "steps", "batch_size", "max_pass_tokens", "evaluate_every", "patience"):
-            if getattr(self, name) < 1:
-                raise HealingError(f"{name} is {getattr(self, name)}", hint="give a number from 1 up")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HealingError(f"{name} is {value}", hint="give a number from 1 up")
         for name in ("learning_rate", "max_gradient", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -85,6 +90,10 @@ class DistillSettings:
         if step < warmup_steps:
             return peak * (step + 1) / warmup_steps
         return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (self.steps - warmup_steps)))
+
+    def pass_tokens(self, *, vocab_size: int) -> int:
+        """Tokens that go through the models together."""
+        return self.max_pass_tokens or max(1, min(PASS_TOKENS, PASS_LOGITS // vocab_size))
 
     def to_document(self) -> dict[str, Any]:
         return asdict(self)
