@@ -2,13 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench-profile bench-export bench-memory install clean
+.PHONY: demo test test-genai test-optimum check bench-profile bench-export bench-memory install clean
 
 demo: .venv/installed
 	$(BIN)/voidprune demo --output out/demo --overwrite
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Bundles in runtimes that do not share our environment, unmodified, in environments of their own.
+test-genai: .venv/installed .venv-genai/installed
+	VOIDPRUNE_GENAI_PYTHON=$(CURDIR)/.venv-genai/bin/python $(BIN)/python -m pytest tests/export/test_genai.py
+
+test-optimum: .venv/installed .venv-optimum/installed
+	VOIDPRUNE_OPTIMUM_PYTHON=$(CURDIR)/.venv-optimum/bin/python $(BIN)/python -m pytest tests/export/test_bundle.py -k optimum
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -35,5 +42,16 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.venv-genai/installed: constraints.txt
+	$(PYTHON) -m venv .venv-genai
+	.venv-genai/bin/python -m pip install --quiet --constraint constraints.txt onnxruntime-genai onnxruntime numpy
+	touch $@
+
+.venv-optimum/installed: constraints-optimum.txt
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet --constraint constraints-optimum.txt torch
+	.venv-optimum/bin/python -m pip install --quiet --constraint constraints-optimum.txt 'optimum-onnx[onnxruntime]'
+	touch $@
+
 clean:
-	rm -rf .venv out build dist
+	rm -rf .venv .venv-genai .venv-optimum out build dist

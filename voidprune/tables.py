@@ -517,7 +517,8 @@ def manifest_table(manifest: Manifest) -> Table:
         "executed in decode": str(schedule.num_executed(Phase.DECODE)),
         "weights": f"{format_bytes(manifest.weight_bytes)} {manifest.dtype}, of {format_bytes(manifest.source_bytes)}",
         "graphs": ", ".join(
-            f"{graph.file} {format_bytes(manifest.sizes[graph.file])}" for graph in manifest.graphs.values()
+            f"{file} {format_bytes(manifest.sizes[file])}"
+            for file in dict.fromkeys(graph.file for graph in manifest.graphs.values())
         )
         or "none",
         "written by": manifest.written_by,

@@ -26,6 +26,7 @@ from voidprune.execution.manifest import (
     Manifest,
     Parity,
     is_bundle,
+    packs_weights,
     read_manifest,
 )
 from voidprune.export.onnx_graph import graph_slots
@@ -205,3 +206,8 @@ def test_a_broken_healing_is_named(keys: tuple[str, ...], value: Any) -> None:
     change("healing", *keys, value=value)(document)
     with pytest.raises(ArtifactError, match="here is broken"):
         Manifest.from_document(document, place="here")
+
+
+def test_float32_is_not_packed_and_all_else_is() -> None:
+    assert [packs_weights(dtype, quantized=False) for dtype in ("F32", "F16", "BF16")] == [False, True, True]
+    assert packs_weights("F32", quantized=True)

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import Bundle, MakeBundle
 from tests.execution.test_session import mixed
 from tests.tiny_models import TinyModel, build_model
-from voidprune.execution.providers import PROVIDERS, open_sessions, packs_weights, stray_operators
+from voidprune.execution.providers import PROVIDERS, open_sessions, stray_operators
 from voidprune.execution.session import element_type
 from voidprune.export.bundle import export_bundle
 from voidprune.schedule import Phase, full_schedule
@@ -42,11 +42,6 @@ print(anonymous_bytes() - before)
 @pytest.fixture
 def bundle(llama: TinyModel, make_bundle: MakeBundle) -> Bundle:
     return make_bundle(llama, mixed(llama))
-
-
-def test_float32_is_not_packed_and_all_else_is(bundle: Bundle) -> None:
-    assert not packs_weights(bundle.manifest)
-    assert packs_weights(dataclasses.replace(bundle.manifest, dtype="F16"))
 
 
 def test_what_runs_elsewhere_is_named(bundle: Bundle) -> None:

@@ -10,19 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from tests.conftest import MakeBundle
+from tests.conftest import GetModel, MakeBundle
+from tests.other_python import find_python
 from tests.tiny_models import NUM_LAYERS, TinyModel
 from voidprune import artifacts
 from voidprune.errors import CheckpointError, ModelError, OutputError, ParityError, ScheduleError
+from voidprune.execution import session as session_module
 from voidprune.execution.manifest import Manifest, Parity, read_manifest
+from voidprune.execution.reference import scheduled
+from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
 from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint
-from voidprune.models.pretrained import load_model
-from voidprune.quality.parity import check_bundle
+from voidprune.models.pretrained import end_tokens, load_model
+from voidprune.quality.parity import TOLERANCE, check_bundle
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, dropped_schedule, full_schedule
 
 A = LayerAction
@@ -418,3 +423,87 @@ def test_small_files_are_read_before_large_ones_are_copied(
         export_bundle(source, full_schedule(source.identity), tmp_path / "out", verify=accept, formats=("hf",),
                       advance=copied.append)  # fmt: skip
     assert copied == []
+
+
+# ---- one graph for both phases
+
+ORT_MODEL = """
+import json, sys
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+
+task = json.load(sys.stdin)
+found = []
+for options in ({}, {"use_io_binding": True}):
+    model = ORTModelForCausalLM.from_pretrained(task["folder"], **options)
+    answers = []
+    for prompt in task["prompts"]:
+        ids = torch.tensor([prompt])
+        told = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=task["num_tokens"],
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        answers.append({"tokens": told.sequences[0, len(prompt):].tolist(), "logits": told.logits[0][0].tolist()})
+    found.append(answers)
+print(json.dumps(found))
+"""
+SHARED = (A.FULL, A.SKIP, A.SKIP_MLP, A.SKIP_ATTENTION, A.FULL, A.FULL)
+
+
+def export_single(source: TinyModel, folder: Path) -> Schedule:
+    schedule = Schedule(model=source.identity, prefill=SHARED, decode=SHARED)
+    export_bundle(
+        source.checkpoint,
+        schedule,
+        folder,
+        verify=lambda stage: check_bundle(stage, source=source.model, schedule=schedule),
+        layout="single",
+    )
+    return schedule
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-small-heads", "qwen2-windows"])
+def test_one_graph_is_run_as_the_reference(
+    get_model: GetModel, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = get_model(name)
+    schedule = export_single(source, tmp_path / "bundle")
+    assert [path.name for path in (tmp_path / "bundle").glob("*.onnx")] == ["model.onnx"]
+    session = BundleSession(tmp_path / "bundle", verify_hashes=True)
+    prompts = [[5], [6, 7, 8, 9, 10, 11], [12, 13]]
+    with scheduled(source.model, schedule) as running:
+        expected = running.generate(prompts, max_new_tokens=20)
+    assert session.generate(prompts, max_new_tokens=20) == expected
+    monkeypatch.setattr(session_module, "LOGIT_VALUES", 2 * session.vocab_size)  # prompts in pieces of two tokens
+    assert session.generate(prompts, max_new_tokens=20) == expected
+
+
+def test_one_graph_takes_equal_phases(llama: TinyModel, tmp_path: Path) -> None:
+    differing = Schedule(model=llama.identity, prefill=(A.FULL,) * 5 + (A.KV_ONLY,), decode=(A.FULL,) * 6)
+    idle = (A.FULL, A.KV_ONLY, A.FULL, A.FULL, A.FULL, A.FULL)
+    for schedule, message in (
+        (differing, "the phases differ"),
+        (Schedule(model=llama.identity, prefill=idle, decode=idle), "layer 1 writes K/V in both phases"),
+    ):
+        with pytest.raises(ScheduleError, match=message):
+            export_bundle(llama.checkpoint, schedule, tmp_path / "bundle", verify=lambda _: None, layout="single")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window"])
+def test_optimum_runs_one_graph(get_model: GetModel, tmp_path: Path, name: str) -> None:
+    python = find_python("VOIDPRUNE_OPTIMUM_PYTHON", "optimum.onnxruntime", target="make test-optimum")
+    export_single(get_model(name), tmp_path / "bundle")
+    session = BundleSession(tmp_path / "bundle")
+    prompts = [[5], [6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16]]
+    task = {"folder": str(tmp_path / "bundle"), "prompts": prompts, "num_tokens": 20}
+    ends = end_tokens(tmp_path / "bundle")
+    for answers in python.run(ORT_MODEL, task):
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert [answer["tokens"]] == session.generate([prompt], max_new_tokens=20, end_tokens=ends)
+            (logits,) = session.start(max_positions=20).prefill([prompt])
+            np.testing.assert_allclose(answer["logits"], logits, atol=TOLERANCE)

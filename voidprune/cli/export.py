@@ -54,6 +54,13 @@ from voidprune.cli.plan import print_plan
     help="Of the weights; int8, int4 and mixed (layers that matter most in 8 bits) of the graphs' alone.",
 )
 @packing_options
+@click.option(
+    "--layout",
+    type=click.Choice(["pair", "single"]),
+    default="pair",
+    show_default=True,
+    help="A graph a phase; or one for both, which takes --phases shared and is what Optimum loads.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file, such as 5GB or 500MB.")
 @click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result to the Hugging Face Hub, as private.")
 @click.option("--public", is_flag=True, help="Let the whole world see what is pushed.")
@@ -77,6 +84,7 @@ def export(
     schedule_file: Path | None,
     profile_file: Path | None,
     formats: tuple[str, ...],
+    layout: str,
     precision: str,
     operators: str,
     block_size: str,
@@ -113,6 +121,7 @@ def export(
     """
     from voidprune import artifacts
     from voidprune.execution.manifest import FILE, is_bundle
+    from voidprune.export.bundle import check_single_graph
     from voidprune.export.hf_checkpoint import parse_shard_size
     from voidprune.export.publishing import check_push_target, push_bundle
     from voidprune.models.checkpoint import PRECISIONS
@@ -173,6 +182,8 @@ def export(
             overwrite=overwrite,
             track=progress_bars(quiet),
         )
+    if layout == "single":
+        check_single_graph(planned.schedule)
     if not as_json or target is None:
         print_plan(planned, as_json=as_json)
     if target is None:
@@ -189,6 +200,7 @@ def export(
         planned.schedule,
         target,
         formats=formats,
+        layout=layout,
         precision=precision,
         operators=operators,
         packing=packing,

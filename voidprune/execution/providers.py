@@ -12,7 +12,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from voidprune.errors import RuntimeProviderError
 from voidprune.execution.device_weights import DeviceWeights, can_load, load_device_weights, weight_ranges
-from voidprune.execution.manifest import Manifest
+from voidprune.execution.manifest import Manifest, packs_weights
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _COUNTING = frozenset({"Add", "Cast", "Range", "ReduceSum", "Shape", "Squeeze", "Sub", "Unsqueeze"})
@@ -41,7 +41,7 @@ def open_sessions(folder: Path, manifest: Manifest, *, provider: str) -> OpenSes
     copy its weights to the device, so they are loaded there once and lent to all sessions; that takes torch.
     """
     files = sorted({graph.file for graph in manifest.graphs.values()})
-    packs = packs_weights(manifest)
+    packs = packs_weights(manifest.dtype, quantized=manifest.quantization is not None)
     if provider == "cpu":
         sessions = {name: _open_session(folder / name, provider=provider, packs=packs) for name in files}
         return OpenSessions(sessions, len(files) if packs else 1, None, None)
@@ -56,15 +56,6 @@ def open_sessions(folder: Path, manifest: Manifest, *, provider: str) -> OpenSes
     after = _free_device_bytes()
     taken = None if before is None or after is None else before - after
     return OpenSessions(sessions, len(files) if weights is None else 1, taken, weights)
-
-
-def packs_weights(manifest: Manifest) -> bool:
-    """Whether a CPU session rewrites its matrices into the order in which its kernels read them: a copy of its own.
-
-    Not in float32: the mapped file is then all the memory that any number of sessions takes, and decode is about a tenth
-    slower. Quantized matrices have to be packed, or they are 12 to 50 times slower, and 16-bit ones are widened in any case.
-    """
-    return manifest.quantization is not None or manifest.dtype != "F32"
 
 
 def size_thread_pool(threads: int) -> None:

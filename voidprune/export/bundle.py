@@ -4,6 +4,7 @@
     model.safetensors                 the only weights; shards and an index where they are too large for one file
     model.int4.safetensors            with packed matrices, what the graphs read instead; the one above only with "hf"
     prefill.onnx  decode.onnx         kilobytes; every weight is external data into the weight files
+    model.onnx                        in place of the two: one graph for both phases, with the layout "single"
     genai_config.json                 for onnxruntime-genai
     voidprune.json  README.md         schedule, layer numbers, hashes, sizes, parity; the model card
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import voidprune
 from voidprune import artifacts
-from voidprune.errors import CheckpointError, ModelError, OutputError
+from voidprune.errors import CheckpointError, ModelError, OutputError, ScheduleError
 from voidprune.execution import manifest as manifests
 from voidprune.execution.manifest import Fidelity, Graph, Healing, Manifest, Parity, Quantization
 from voidprune.export.genai import FILE as GENAI_FILE
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMATS = ("hf", "onnx")
+LAYOUTS = ("pair", "single")
+"""A graph a phase; or one for both, which is what single-model runtimes load (Optimum's `ORTModelForCausalLM`)."""
+SINGLE_FILE = "model.onnx"
 
 Verify = Callable[[Path], Parity | None]
 
@@ -65,6 +69,7 @@ def export_bundle(
     *,
     verify: Verify,
     formats: Collection[str] = FORMATS,
+    layout: str = "pair",
     precision: str = "keep",
     operators: str = "ort",
     packing: Packing | None = None,
@@ -91,6 +96,8 @@ def export_bundle(
     """
     schedule.check_model(source.identity, place="the schedule")
     _check_dtypes(source, precision, packing)
+    if layout == "single":
+        check_single_graph(schedule)
     card = read_card(source.folder / "README.md")
     if packing is not None and "onnx" not in formats:
         raise ModelError(
@@ -122,7 +129,9 @@ def export_bundle(
         graphs = {}
         if "onnx" in formats:
             rounds = quantization is not None and quantization.activations == "int8"
-            graphs = _write_graphs(read_by_graphs, original, stage, operators, rounds_activations=rounds)
+            graphs = _write_graphs(
+                read_by_graphs, original, stage, layout=layout, operators=operators, rounds_activations=rounds
+            )
         files = {path.relative_to(stage).as_posix(): path for path in sorted(stage.rglob("*")) if path.is_file()}
         manifest = Manifest(
             schedule=original,
@@ -196,19 +205,36 @@ def _check_dtypes(source: Checkpoint, precision: str, packing: Packing | None) -
         )
 
 
+def check_single_graph(schedule: Schedule) -> None:
+    """Raise ScheduleError where one graph cannot run all tokens of the schedule, or would write K/V that nothing reads."""
+    if schedule.prefill != schedule.decode:
+        raise ScheduleError(
+            "the phases differ, and a single graph runs the same layers for every token",
+            hint="plan with --phases shared, or leave --layout out",
+        )
+    idle = [layer for layer, action in enumerate(schedule.decode) if action.writes_kv and not action.attends]
+    if idle:
+        raise ScheduleError(
+            f"layer {idle[0]} writes K/V in both phases and attends in neither", hint=f"make layer {idle[0]} skip those"
+        )
+
+
 def _write_graphs(
-    slim: Checkpoint, schedule: Schedule, stage: Path, operators: str, *, rounds_activations: bool
+    slim: Checkpoint, schedule: Schedule, stage: Path, *, layout: str, operators: str, rounds_activations: bool
 ) -> dict[Phase, Graph]:
     from voidprune.export.onnx_graph import author_decode, author_prefill, graph_slots, round_activations, save_graph
 
     renumbered = schedule.on_slim_model(slim.identity)
-    graphs = {}
-    for phase, author in ((Phase.PREFILL, author_prefill), (Phase.DECODE, author_decode)):
-        graphs[phase] = Graph(file=f"{phase}.onnx", slots=graph_slots(renumbered, phase))
+    authors = {Phase.PREFILL: author_prefill, Phase.DECODE: author_decode}
+    graphs = {phase: Graph(file=f"{phase}.onnx", slots=graph_slots(renumbered, phase)) for phase in authors}
+    if layout == "single":
+        authors = {Phase.DECODE: author_decode}
+        graphs = {phase: replace(graph, file=SINGLE_FILE) for phase, graph in graphs.items()}
+    for phase, author in authors.items():
         model = author(slim, renumbered, operators=operators)
         model.metadata_props.update(
             {
-                "voidprune.phase": str(phase),
+                "voidprune.phase": str(phase) if layout == "pair" else "any",
                 "voidprune.slots": " ".join(str(schedule.kv_layers[slot]) for slot in graphs[phase].slots),
             }
         )

@@ -1,7 +1,8 @@
-"""`genai_config.json`: what onnxruntime-genai needs to run the two graphs of a bundle, unmodified.
+"""`genai_config.json`: what onnxruntime-genai needs to run the graphs of a bundle, unmodified.
 
-Model type "decoder-pipeline": the prompt runs `prefill.onnx`, each further token `decode.onnx`, chosen by the number of new
-tokens. Layers of its config are cache slots, without gaps. Tried with onnxruntime-genai 0.18.
+Two graphs are a "decoder-pipeline": several new tokens run `prefill.onnx`, a single one `decode.onnx`. One graph for both phases is
+a plain "decoder". Layers of the config are cache slots, without gaps. Tested with onnxruntime-genai 0.18; what it cannot do is told
+in `docs/onnxruntime-genai.md`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from voidprune.artifacts import Document
-from voidprune.execution.manifest import Graph
+from voidprune.execution.manifest import Graph, packs_weights
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.schedule import Phase
 
@@ -20,15 +21,20 @@ FILE = "genai_config.json"
 def describe_genai(
     checkpoint: Checkpoint, graphs: dict[Phase, Graph], *, num_slots: int, end_tokens: Sequence[int]
 ) -> Document:
-    """The config of a bundle whose slim checkpoint is `checkpoint`."""
-    # Packed matrices are far slower in their stored order; dense ones are used as they are mapped.
-    prepacking = {} if checkpoint.is_packed else {"session.disable_prepacking": "1"}
+    """The config of a bundle whose slim checkpoint is `checkpoint`; of the pipeline, unless both phases have the same graph."""
+    packs = packs_weights(checkpoint.dtype, quantized=checkpoint.is_packed)
     architecture, config = checkpoint.architecture, checkpoint.config
     start, pad = config.get("bos_token_id"), config.get("pad_token_id")
     first_end = end_tokens[0] if end_tokens else None
+    files = {graph.file for graph in graphs.values()}
+    stages: Document
+    if len(files) == 1:
+        stages = {"filename": files.pop()}
+    else:
+        stages = {"pipeline": [{str(phase): _stage(graph, phase)} for phase, graph in graphs.items()]}
     return {
         "model": {
-            "type": "decoder-pipeline",
+            "type": "decoder-pipeline" if "pipeline" in stages else "decoder",
             "bos_token_id": first_end if start is None else start,
             "eos_token_id": list(end_tokens) if len(end_tokens) > 1 else first_end,
             "pad_token_id": first_end if pad is None else pad,
@@ -43,7 +49,7 @@ def describe_genai(
                 "session_options": {
                     "log_id": "voidprune",
                     "intra_op_num_threads": 0,  # all cores; left out, onnxruntime-genai 0.18 takes about one
-                    **prepacking,
+                    **({} if packs else {"session.disable_prepacking": "1"}),
                     "provider_options": [],
                 },
                 "inputs": {
@@ -57,9 +63,7 @@ def describe_genai(
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
-                "pipeline": [
-                    {str(phase): _stage(graph, on_prompt=phase is Phase.PREFILL)} for phase, graph in graphs.items()
-                ],
+                **stages,
             },
         },
         "search": {
@@ -70,12 +74,12 @@ def describe_genai(
     }
 
 
-def _stage(graph: Graph, *, on_prompt: bool) -> dict[str, Any]:
+def _stage(graph: Graph, phase: Phase) -> dict[str, Any]:
     parts = [f"{slot}.{part}" for slot in graph.slots for part in ("key", "value")]
     return {
         "filename": graph.file,
         "inputs": ["input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)],
         "outputs": ["logits", *(f"present.{part}" for part in parts)],
-        "run_on_prompt": on_prompt,
-        "run_on_token_gen": not on_prompt,
+        "run_on_prompt": phase is Phase.PREFILL,
+        "run_on_token_gen": phase is Phase.DECODE,
     }
