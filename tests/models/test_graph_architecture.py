@@ -191,4 +191,4 @@ def test_quantized_checkpoints_have_no_graph_but_a_slim_checkpoint() -> None:
 def test_families_without_graphs_are_refused_with_the_way_out(get_model: Callable[[str], TinyModel], name: str) -> None:
     with pytest.raises(ModelError, match=f"no ONNX graphs are made of {name} models") as caught:
         graph_of(get_model(name))
-    assert caught.value.hint == "export with --format hf"
+    assert caught.value.hint == "export with --format hf; Optimum makes one graph of some of those: docs/optimum.md"

@@ -348,9 +348,9 @@ def _plain_name(name: Any, place: str) -> str:
 
 
 def packs_weights(dtype: str, *, quantized: bool) -> bool:
-    """Whether CPU sessions rewrite matrices of this dtype, or quantized ones, into the order in which their kernels read them: a copy each.
+    """Whether CPU sessions rewrite matrices into the order in which their kernels read them: a copy each.
 
-    Not in float32: the mapped file is then all the memory that any number of sessions takes, and decode is about a tenth
+    Not dense float32: the mapped file is then all the memory that any number of sessions takes, and decode is about a tenth
     slower. Quantized matrices have to be packed, or they are 12 to 50 times slower, and 16-bit ones are widened in any case.
     """
     return quantized or dtype != "F32"

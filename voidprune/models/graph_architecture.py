@@ -79,7 +79,7 @@ def describe_graph_architecture(config: Config, spec: FamilySpec) -> GraphArchit
     if graph is None:
         raise ModelError(
             f"no ONNX graphs are made of {spec.model_type} models, only slim checkpoints",
-            hint="export with --format hf",
+            hint="export with --format hf; Optimum makes one graph of some of those: docs/optimum.md",
         )
     if config.get("quantization_config"):
         raise ModelError(
