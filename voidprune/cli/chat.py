@@ -65,7 +65,7 @@ def _answer(
 
 def converse_on_terminal(chat: Chat) -> None:
     """The same on standard input and output, plain where they are no terminal."""
-    interactive = sys.stdin.isatty()
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # input() gets a history and keys that edit
