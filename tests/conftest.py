@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 # Read by huggingface_hub when it is imported: no test may reach for the network.
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from tests.tiny_models import CORE_SHAPES, GRAPH_SHAPES, SHAPES, TinyModel, build_model
+from voidprune.errors import RuntimeProviderError
 from voidprune.execution.manifest import Manifest, Parity
+from voidprune.execution.providers import size_thread_pool
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
 from voidprune.models.checkpoint import open_checkpoint
@@ -56,6 +60,16 @@ class Bundle:
 
 class MakeBundle(Protocol):
     def __call__(self, source: TinyModel, schedule: Schedule, *, operators: str = "ort") -> Bundle: ...
+
+
+def open_plainly(graph: Path | bytes) -> ort.InferenceSession:
+    """A session of onnxruntime as it comes, on the threads that all sessions of the process share."""
+    with contextlib.suppress(RuntimeProviderError):  # another test was first
+        size_thread_pool(1)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.use_per_session_threads = False
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 GetModel = Callable[[str], TinyModel]

@@ -163,7 +163,12 @@ def write_packed(
 
 
 def _list_entries(source: Checkpoint, kept: Sequence[int], packing: Packing) -> Iterator[_Entry]:
+    names = source.architecture.spec.tensors
     for group in layer_tensor_groups(source, kept):
+        if names.layer_of(group[0][0]) is None and not group[0][0].startswith(
+            (f"{names.embedding}.", f"{names.final_norm}.", f"{names.head}.")
+        ):
+            continue  # a vision tower, which no graph reads
         packed = [(name, record, matrix_format(source, name, packing)) for name, record in group]
         yield from (
             _Entry(name, "F32", record.shape, record)
@@ -280,6 +285,8 @@ def quantize_rows(weights: Floats, blocks: BlockFormat) -> tuple[Bytes, Floats, 
     padded = np.zeros((rows, blocks.num_blocks(columns) * blocks.block_size), np.float32)
     padded[:, :columns] = weights
     values = padded.reshape(rows, -1, blocks.block_size)
+    magnitudes = np.abs(values).max(-1)
+    values = _divide(values, magnitudes[:, :, np.newaxis])  # so that squares stay within float32, whatever the weights
     low = np.minimum(values.min(-1), 0)
     high = np.maximum(values.max(-1), 0)
     best = _Rounded.start(values)
@@ -291,7 +298,7 @@ def quantize_rows(weights: Floats, blocks: BlockFormat) -> tuple[Bytes, Floats, 
             scales = np.where(high > -low, high, low) * np.float32(-share / blocks.middle)
             zero_points = np.full_like(scales, blocks.middle)
         best.improve(values, scales, zero_points, blocks)
-    return best.numbers, best.scales, best.zero_points if blocks.zero_points else None
+    return best.numbers, best.scales * magnitudes, best.zero_points if blocks.zero_points else None
 
 
 @dataclass

@@ -181,7 +181,8 @@ def unpack(content: np.ndarray[Any, np.dtype[np.uint8]], bits: int) -> np.ndarra
 
     if bits == 8:
         return content
-    return np.stack([content & np.uint8(15), content >> np.uint8(4)], axis=-1).reshape(*content.shape[:-1], -1)
+    halves = np.stack([content & np.uint8(15), content >> np.uint8(4)], axis=-1)
+    return halves.reshape(*content.shape[:-1], 2 * content.shape[-1])
 
 
 def pack(numbers: np.ndarray[Any, np.dtype[np.uint8]], bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

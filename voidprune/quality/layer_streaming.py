@@ -59,11 +59,14 @@ def streamed_model(
 
 
 def resident_model(checkpoint: Checkpoint, *, device: str = "cpu", dropped: Collection[int] = ()) -> PreTrainedModel:
-    """The same in float32, all of it in memory at once: the one way to run packed matrices in torch. Raises ModelError."""
+    """The same in float32, each part loaded when it is first called and kept: how packed matrices are run in torch.
+
+    Raises ModelError, also when it is run.
+    """
     model = _build_empty(checkpoint, dtype="F32", device=device)
     weights = _StoredWeights(checkpoint, model, through="F32", dtype="F32", dropped=dropped)
     for path, unit in _units(model, layers=checkpoint.architecture.spec.modules.layers):
-        _fill(path, weights, device=device)(unit, ())
+        _fill_once(unit, _fill(path, weights, device=device))
     return model
 
 
@@ -254,6 +257,14 @@ def _fill(path: str, weights: _StoredWeights, *, device: str) -> Callable[[nn.Mo
                 module._buffers[own_name] = tensor
 
     return hook
+
+
+def _fill_once(unit: nn.Module, fill: Callable[[nn.Module, Any], None]) -> None:
+    def hook(unit: nn.Module, args: Any) -> None:
+        handle.remove()
+        fill(unit, args)
+
+    handle = unit.register_forward_pre_hook(hook)
 
 
 def _forget(unit: nn.Module, *_: Any, device: str) -> None:

@@ -1,0 +1,316 @@
+"""Graphs with packed matrices equal the source run with what these matrices mean; whatever is wrong with them is found."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx.reference import ReferenceEvaluator
+
+from tests.conftest import GetModel, open_plainly
+from tests.strategies import schedules
+from tests.tiny_models import NUM_LAYERS, TinyModel, build_model
+from voidprune.errors import CheckpointError, ModelError, ParityError
+from voidprune.execution.manifest import Manifest, read_manifest
+from voidprune.execution.session import BundleSession, packs_weights
+from voidprune.export.bundle import export_bundle
+from voidprune.export.hf_checkpoint import write_slim_files
+from voidprune.export.onnx_graph import author_decode, author_prefill, round_activations, save_graph
+from voidprune.export.quantize import LayerBits, Packing, uniform_packing, write_packed
+from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint
+from voidprune.models.packed import packed_file
+from voidprune.quality.packed_parity import check_packed
+from voidprune.quality.parity import verify_bundle
+from voidprune.schedule import Boundary, LayerAction, Schedule, dropped_schedule, full_schedule
+
+A = LayerAction
+EXACT: dict[str, Any] = {"activations": "fp32"}
+
+
+def export_packed(
+    source: TinyModel,
+    schedule: Schedule,
+    folder: Path,
+    packing: Packing,
+    *,
+    formats: Collection[str] = ("onnx",),
+    **memory: int,
+) -> Manifest:
+    return export_bundle(
+        source.checkpoint,
+        schedule,
+        folder,
+        verify=lambda stage: verify_bundle(stage, source=source.checkpoint, schedule=schedule, **memory),
+        formats=formats,
+        packing=packing,
+    )
+
+
+def packing_of(schedule: Schedule, precision: str, **settings: Any) -> Packing:
+    return uniform_packing(precision, len(schedule.union), **settings)
+
+
+def assert_equal_to_reference(manifest: Manifest) -> None:
+    parity = manifest.parity
+    assert parity is not None
+    assert parity.onnx is not None
+    assert parity.onnx <= 1e-4
+    assert parity.hf is None
+    assert parity.num_prompts == 6
+
+
+MIXED_PREFILL = (A.FULL, A.KV_MLP, A.SKIP_ATTENTION, A.KV_ONLY, A.FULL, A.SKIP)
+MIXED_DECODE = (A.FULL, A.FULL, A.SKIP_ATTENTION, A.SKIP_MLP, A.KV_ONLY, A.SKIP)
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_every_family_equals_its_reference(tiny_model: TinyModel, tmp_path: Path, precision: str) -> None:
+    schedule = Schedule(model=tiny_model.identity, prefill=MIXED_PREFILL, decode=MIXED_DECODE)
+    manifest = export_packed(tiny_model, schedule, tmp_path / "out", packing_of(schedule, precision, **EXACT))
+    assert_equal_to_reference(manifest)
+    assert manifest.weight_files == (packed_file(precision),)
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize(
+    "settings", [{"block_size": 128}, {"zero_points": True}, {"block_size": 128, "zero_points": True}]
+)
+@pytest.mark.parametrize("name", ["llama", "llama-tied-small-heads", "phi3", "qwen2"])
+def test_every_format_equals_its_reference(
+    get_model: GetModel, tmp_path: Path, name: str, precision: str, settings: dict[str, Any]
+) -> None:
+    source = get_model(name)
+    schedule = full_schedule(source.identity, boundary=Boundary.PREFILL)
+    assert_equal_to_reference(
+        export_packed(source, schedule, tmp_path / "out", packing_of(schedule, precision, **EXACT, **settings))
+    )
+
+
+@settings(max_examples=8)
+@given(data=st.data())
+def test_random_schedules_and_bits_equal_reference(llama: TinyModel, data: st.DataObject) -> None:
+    schedule = data.draw(schedules(llama.identity))
+    bits = st.sampled_from([4, 8])
+    layers = tuple(LayerBits(data.draw(bits), data.draw(bits)) for _ in schedule.union)
+    packing = Packing("mixed", layers, data.draw(bits), activations="fp32", zero_points=data.draw(st.booleans()))
+    with tempfile.TemporaryDirectory() as folder:
+        assert_equal_to_reference(export_packed(llama, schedule, Path(folder) / "out", packing))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "stablelm"])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_rounded_activations_stay_within_what_rounding_changes(
+    get_model: GetModel, tmp_path: Path, name: str, precision: str
+) -> None:
+    source = get_model(name)
+    schedule = full_schedule(source.identity)
+    manifest = export_packed(source, schedule, tmp_path / "out", packing_of(schedule, precision))
+    assert_equal_to_reference(manifest)
+    parity = manifest.parity
+    assert parity is not None
+    assert parity.rounded is not None
+    assert parity.rounded_tolerance is not None
+    assert 1e-4 < parity.rounded <= parity.rounded_tolerance, (
+        "rounding is there, and no more of it than in the reference"
+    )
+    levels = {
+        attribute.i
+        for phase in ("prefill", "decode")
+        for node in onnx.load(tmp_path / "out" / f"{phase}.onnx", load_external_data=False).graph.node
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    }
+    assert levels == {4}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("README.md", "config.json", "generation_config.json", "genai_config.json", "voidprune.json"),
+        *("prefill.onnx", "decode.onnx", packed_file(precision)),
+    }
+
+
+def test_both_formats_are_both_compared(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = dropped_schedule(llama.identity, {1})
+    manifest = export_packed(llama, schedule, tmp_path / "out", packing_of(schedule, "int4"), formats=("hf", "onnx"))
+    assert manifest.weight_files == (packed_file("int4"), WEIGHTS_FILE)
+    assert manifest.graph_weight_files == (packed_file("int4"),)
+    assert manifest.graph_weight_bytes < manifest.weight_bytes / 3
+    assert manifest.parity is not None
+    assert manifest.parity.hf is not None
+    assert manifest.parity.hf <= 1e-4
+    assert manifest.dtype == "F32"
+    assert read_manifest(tmp_path / "out") == manifest
+    assert packs_weights(manifest)
+    assert not open_checkpoint(tmp_path / "out").is_packed, "transformers and voidprune read the checkpoint"
+
+
+@pytest.mark.parametrize("formats", [("onnx",), ("hf", "onnx")])
+def test_too_large_for_memory_is_checked_layer_by_layer(
+    llama: TinyModel, tmp_path: Path, formats: tuple[str, ...]
+) -> None:
+    schedule = dropped_schedule(llama.identity, {1})
+    manifest = export_packed(
+        llama, schedule, tmp_path / "out", packing_of(schedule, "int4"), formats=formats, available_bytes=300_000
+    )
+    assert manifest.parity is not None
+    assert manifest.parity.layer_streamed
+    assert manifest.parity.onnx is not None
+    assert manifest.parity.onnx <= 1e-4
+
+
+# ---- what is wrong is found
+
+
+@pytest.fixture
+def bundle(llama: TinyModel, tmp_path: Path) -> Path:
+    schedule = full_schedule(llama.identity)
+    export_packed(llama, schedule, tmp_path / "bundle", packing_of(schedule, "int8"))
+    return tmp_path / "bundle"
+
+
+def external_data(graph: onnx.ModelProto, label: str) -> Any:
+    """Where the one initializer whose name has `label` in it, and is of packed numbers or scales, lies."""
+    names = [found.name for found in graph.graph.initializer]
+    (index,) = (
+        number
+        for number, name in enumerate(names)
+        if label in name and not (name.endswith("scales") and label[-1] == ".")
+    )
+    return graph.graph.initializer[index].external_data
+
+
+def test_graphs_over_other_matrices_are_found(bundle: Path, llama: TinyModel) -> None:
+    """Gates where the other half of the MLP lies: of the same shape, so that only the numbers tell."""
+    schedule = full_schedule(llama.identity)
+    check_packed(bundle, source=llama.checkpoint, schedule=schedule)
+    path = bundle / "decode.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    up, gate = (external_data(graph, f"layers.2.mlp.{part}_proj.weight.") for part in ("up", "gate"))
+    places = [{pair.key: pair.value for pair in data} for data in (up, gate)]
+    for data, place in zip((up, gate), reversed(places), strict=True):
+        for pair in data:
+            pair.value = place[pair.key]
+    onnx.save(graph, path)
+    with pytest.raises(ParityError, match="the logits of the ONNX graphs on cpu"):
+        check_packed(bundle, source=llama.checkpoint, schedule=schedule)
+
+
+@pytest.mark.parametrize("label", ["layers.1.mlp.down_proj.weight.UINT8", "layers.1.mlp.down_proj.weight.scales"])
+def test_every_byte_counts(bundle: Path, label: str) -> None:
+    """The reference of a bundle reads the same file, so another bundle is compared with."""
+    good = shutil.copytree(bundle, bundle.parent / "good")
+    graph = onnx.load(bundle / "decode.onnx", load_external_data=False)
+    (offset,) = (int(pair.value) for pair in external_data(graph, label) if pair.key == "offset")
+    with (bundle / packed_file("int8")).open("r+b") as file:
+        file.seek(offset + 3)
+        (before,) = file.read(1)
+        file.seek(offset + 3)
+        file.write(bytes([before ^ 0x40]))
+    prompt, response = [5, 6, 7, 8, 9], [10, 11, 12]
+    spoiled, right = (BundleSession(folder).predict([prompt], [response])[0] for folder in (bundle, good))
+    assert not np.abs(spoiled - right).max() <= 1e-4, "NaN is found, too"
+
+
+def test_more_rounding_than_asked_for_is_found(llama: TinyModel, bundle: Path) -> None:
+    """Graphs that round although the manifest says they do not."""
+    document = (bundle / "voidprune.json").read_text().replace('"activations": "int8"', '"activations": "fp32"')
+    (bundle / "voidprune.json").write_text(document)
+    with pytest.raises(ParityError, match="differ from the reference"):
+        check_packed(bundle, source=llama.checkpoint, schedule=full_schedule(llama.identity))
+
+
+def test_swapped_file_is_refused_at_load(bundle: Path, llama: TinyModel) -> None:
+    schedule = full_schedule(llama.identity)
+    write_packed(
+        llama.checkpoint, range(NUM_LAYERS), bundle / packed_file("int8"), packing_of(schedule, "int8", block_size=128)
+    )
+    with pytest.raises(CheckpointError, match="is not the one that the graphs were written for"):
+        BundleSession(bundle)
+
+
+# ---- refusals
+
+
+def test_transformers_does_not_read_packed_matrices(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    with pytest.raises(ModelError, match="int4 is a precision of ONNX graphs"):
+        export_packed(llama, schedule, tmp_path / "out", packing_of(schedule, "int4"), formats=("hf",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_bundle_is_no_source(bundle: Path, tmp_path: Path) -> None:
+    packed = TinyModel("packed", bundle)
+    with pytest.raises(ModelError, match="holds packed matrices"):
+        export_packed(packed, full_schedule(packed.identity), tmp_path / "again", uniform_packing("int4", NUM_LAYERS))
+
+
+# ---- operators of the ONNX standard
+
+
+def pack_folder(source: TinyModel, folder: Path, precision: str, **settings: Any) -> Checkpoint:
+    write_slim_files(source.checkpoint, range(NUM_LAYERS), folder)
+    packing = uniform_packing(precision, NUM_LAYERS, **settings)
+    write_packed(source.checkpoint, range(NUM_LAYERS), folder / packed_file(precision), packing)
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("block_size", [32, 128])
+@pytest.mark.parametrize("tied", [False, True])
+def test_standard_operators_read_the_same_bytes(tmp_path: Path, precision: str, block_size: int, tied: bool) -> None:
+    """In onnxruntime and in the reference evaluator of ONNX; rows of 192 and 256 are two blocks of 128."""
+    sizes = {"hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    source = build_model("qwen2", tmp_path / "source", **sizes, tie_word_embeddings=tied)
+    packed = pack_folder(source, tmp_path, precision, block_size=block_size, zero_points=True)
+    schedule, found = full_schedule(packed.identity), {}
+    for operators in ("ort", "standard"):
+        model = author_decode(packed, schedule, operators=operators)
+        save_graph(model, tmp_path / f"{operators}.onnx")
+        session = open_plainly(tmp_path / f"{operators}.onnx")
+        found[operators] = session.run(["logits"], feeds_of(model))[0]
+    (found["evaluator"],) = ReferenceEvaluator(str(tmp_path / "standard.onnx")).run(["logits"], feeds_of(model))
+    for name in ("standard", "evaluator"):
+        assert np.abs(found[name] - found["ort"]).max() <= 1e-4
+
+
+def test_standard_operators_refuse_zero_points_that_share_no_bytes_with_rows(llama: TinyModel, tmp_path: Path) -> None:
+    packed = pack_folder(llama, tmp_path, "int4", zero_points=True)
+    with pytest.raises(ModelError, match="cannot read zero points of 4 bits in rows of 3 blocks"):
+        author_decode(packed, full_schedule(packed.identity), operators="standard")
+
+
+def feeds_of(model: onnx_ir.Model) -> dict[str, Any]:
+    feeds: dict[str, Any] = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
+    for value in model.graph.inputs:
+        if value.name not in feeds:
+            assert value.shape is not None
+            feeds[str(value.name)] = np.zeros((1, int(value.shape[1]), 8, int(value.shape[3])), np.float32)  # type: ignore[arg-type]
+    return feeds
+
+
+def test_standard_operators_need_zero_points(llama: TinyModel, tmp_path: Path) -> None:
+    write_slim_files(llama.checkpoint, range(NUM_LAYERS), tmp_path)
+    write_packed(
+        llama.checkpoint, range(NUM_LAYERS), tmp_path / packed_file("int8"), uniform_packing("int8", NUM_LAYERS)
+    )
+    packed = open_checkpoint(tmp_path)
+    with pytest.raises(ModelError, match="take the zero points of packed matrices from the file") as caught:
+        author_prefill(packed, full_schedule(packed.identity), operators="standard")
+    assert "--zero-points" in str(caught.value.hint)
+
+
+def test_rounding_is_an_attribute_of_products_alone(llama: TinyModel, bundle: Path) -> None:
+    packed = open_checkpoint(bundle)
+    model = author_decode(packed, full_schedule(packed.identity))
+    before = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
+    round_activations(model)
+    assert onnx_ir.to_proto(model).SerializeToString(deterministic=True) != before
+    round_activations(model, level=0)
+    assert onnx_ir.to_proto(model).SerializeToString(deterministic=True) == before
