@@ -510,12 +510,15 @@ def _strip(counts: Sequence[int], width: int = 13) -> str:
 
 def manifest_table(manifest: Manifest) -> Table:
     table = Table(title=f"bundle of {manifest.source}", show_header=False)
-    schedule = manifest.schedule
+    schedule, quantization = manifest.schedule, manifest.quantization
+    dtype = manifest.dtype
+    if quantization is not None:
+        dtype = f"{dtype} and {quantization.precision}" if manifest.has_checkpoint else quantization.precision
     rows = {
         "layers in checkpoint": f"{len(manifest.kept_layers)} of {schedule.num_layers}",
         "executed in prefill": str(schedule.num_executed(Phase.PREFILL)),
         "executed in decode": str(schedule.num_executed(Phase.DECODE)),
-        "weights": f"{format_bytes(manifest.weight_bytes)} {manifest.dtype}, of {format_bytes(manifest.source_bytes)}",
+        "weights": f"{format_bytes(manifest.weight_bytes)} {dtype}, of {format_bytes(manifest.source_bytes)}",
         "graphs": ", ".join(
             f"{file} {format_bytes(manifest.sizes[file])}"
             for file in dict.fromkeys(graph.file for graph in manifest.graphs.values())
@@ -523,7 +526,7 @@ def manifest_table(manifest: Manifest) -> Table:
         or "none",
         "written by": manifest.written_by,
     }
-    if (quantization := manifest.quantization) is not None:
+    if quantization is not None:
         rows |= {
             "weights of the graphs": f"{format_bytes(manifest.graph_weight_bytes)} {quantization.precision}, "
             f"{quantization.average_bits:.3g} bits a weight of the layers, in blocks of {quantization.block_size}"
@@ -556,7 +559,7 @@ def describe_fidelity(fidelity: Fidelity | None) -> str:
     if fidelity is None:
         return "not measured: the model could not answer prompts where it was exported"
     return (
-        f"perplexity x {fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.4f} nats, same likeliest token {fidelity.top1:.1%} "
+        f"perplexity x {fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.2g} nats, same likeliest token {fidelity.top1:.1%} "
         f"({fidelity.num_tokens:,} tokens)"
     )
 

@@ -183,7 +183,7 @@ def _render_quantization(manifest: Manifest) -> str:
     if (fidelity := quantization.fidelity) is not None:
         changed = (
             f" Beside the same schedule with unpacked weights, on {fidelity.num_tokens:,} response tokens: perplexity times "
-            f"{fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.4f} nats, the same likeliest token on {fidelity.top1:.1%}."
+            f"{fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.2g} nats, the same likeliest token on {fidelity.top1:.1%}."
         )
     return (
         f" The ONNX graphs read {quantization.file} alone: {manifest.graph_weight_bytes:,} bytes, "

@@ -88,7 +88,7 @@ def choose_packing(
             )
         return uniform, []
     model = load_model(checkpoint.folder, device=default_device())
-    samples = _prepare_samples(checkpoint, model, request.calibrated, track)
+    samples = prepare_samples(checkpoint, model, request.calibrated, track)
     if uniform is not None:
         return uniform, samples
     blocks = BlockFormat(bits=FEW, block_size=request.block_size, zero_points=request.zero_points)
@@ -119,7 +119,7 @@ def _cannot_run(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _prepare_samples(
+def prepare_samples(
     checkpoint: Checkpoint, model: PreTrainedModel, calibrated: Calibrated, track: Track
 ) -> list[Sample]:
     """Samples with responses: of the dataset, or the whole model's own. Raises DatasetError."""

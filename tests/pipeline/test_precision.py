@@ -1,0 +1,216 @@
+"""Bits where they matter most, what packing changes, and packed folders in every command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.test_cli import expect_error, invoke
+from tests.tiny_models import TinyModel
+from voidprune.errors import BudgetError, ModelError
+from voidprune.execution.manifest import Manifest, read_manifest
+from voidprune.execution.reference import scheduled
+from voidprune.export.quantize import LayerBits, average_bits, restore_rows
+from voidprune.models.packed import BlockFormat
+from voidprune.models.pretrained import load_model
+from voidprune.pipeline.benchmark import benchmark_bundle
+from voidprune.pipeline.export import export_model
+from voidprune.pipeline.models import open_model
+from voidprune.pipeline.precision import PackingRequest, allocate_bits, measure_harm
+from voidprune.profiling.calibration import Sample
+from voidprune.schedule import LayerAction, Schedule, dropped_schedule, full_schedule, write_schedule
+
+A = LayerAction
+FOUR = BlockFormat(bits=4, block_size=32, zero_points=False)
+EIGHT = BlockFormat(bits=8, block_size=32, zero_points=False)
+SAMPLES = [Sample((5, 6, 7), (8, 9, 10), None, "default", "one"), Sample((11, 12), (13,), None, "default", "two")]
+
+# ---- which layers
+
+
+sizes = st.builds(LayerBits, st.integers(0, 50), st.integers(1, 50))
+
+
+@given(st.lists(st.tuples(sizes, st.tuples(st.floats(0, 9), st.floats(0, 9))), min_size=1, max_size=6), st.floats(4, 8))
+def test_average_is_kept(layers: list[tuple[LayerBits, tuple[float, float]]], average: float) -> None:
+    weights, harm = [size for size, _ in layers], [pair for _, pair in layers]
+    bits = allocate_bits(harm, weights, average=average)
+    found = average_bits(bits, weights)
+    assert found <= average + 1e-9
+    left = (average - found) / 4 * sum(size.attention + size.mlp for size in weights)
+    for pair, size in zip(bits, weights, strict=True):
+        for used, count in ((pair.attention, size.attention), (pair.mlp, size.mlp)):
+            assert used == 8 or count == 0 or count > left - 1e-6, "what still fits is used"
+
+
+def test_most_harm_for_its_size_comes_first() -> None:
+    weights = [LayerBits(10, 30)] * 3
+    harm = [(0.1, 0.9), (0.4, 0.1), (0.0, 0.6)]  # for one weight: .01 .03, .04 .0033, 0 .02
+    bits = [allocate_bits(harm, weights, average=average) for average in (4, 4.5, 5.5, 8)]
+    assert bits[0] == (LayerBits(4, 4),) * 3
+    assert bits[1] == (LayerBits(4, 4), LayerBits(8, 4), LayerBits(4, 4))
+    assert bits[2] == (LayerBits(4, 8), LayerBits(8, 4), LayerBits(4, 4))
+    assert bits[3] == (LayerBits(8, 8),) * 3
+
+
+def test_harm_is_the_divergence_with_one_sublayer_packed(llama: TinyModel) -> None:
+    schedule = Schedule(
+        model=llama.identity,
+        prefill=(A.FULL, A.SKIP, A.KV_ONLY, A.FULL, A.FULL, A.FULL),
+        decode=(A.FULL, A.SKIP, A.SKIP_MLP, A.FULL, A.FULL, A.FULL),
+    )
+    model = load_model(llama.folder)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    harm = measure_harm(llama.checkpoint, model, schedule, SAMPLES, blocks=FOUR)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert len(harm) == 5, "one pair for each layer that is kept"
+    assert harm[1][1] == 0.0, "an MLP that runs in no phase does no harm"
+    assert min(value for pair in harm for value in pair if pair is not harm[1]) > 0
+    finer = measure_harm(llama.checkpoint, model, schedule, SAMPLES, blocks=EIGHT)
+    assert sum(map(sum, finer)) < sum(map(sum, harm)) / 10
+
+    prompts, responses = [sample.prompt for sample in SAMPLES], [sample.response or () for sample in SAMPLES]
+    with scheduled(model, schedule) as runner:
+        whole = np.concatenate(runner.predict(prompts, responses)).astype(np.float64)
+    down, gate, up = (model.get_submodule(f"model.layers.4.mlp.{name}_proj") for name in ("down", "gate", "up"))
+    with torch.no_grad():
+        for module in (down, gate, up):
+            module.weight.copy_(torch.from_numpy(restore_rows(module.weight.numpy(), FOUR)))
+    with scheduled(model, schedule) as runner:
+        packed = np.concatenate(runner.predict(prompts, responses)).astype(np.float64)
+    expected = (np.exp(whole) * (whole - packed)).sum(-1).mean()
+    assert harm[3][1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_average_outside_of_the_formats_is_refused() -> None:
+    with pytest.raises(BudgetError, match="an average of 9 bits is not between 4 and 8"):
+        PackingRequest("mixed", average_bits=9)
+
+
+def test_without_a_tokenizer_nothing_says_which_layers(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    with pytest.raises(ModelError, match="nothing says which layers need 8 bits"):
+        export_model(llama.checkpoint, schedule, tmp_path / "mixed", formats=("onnx",), packing=PackingRequest("mixed"))
+    manifest = export_model(
+        llama.checkpoint, schedule, tmp_path / "int4", formats=("onnx",), packing=PackingRequest("int4")
+    )
+    assert manifest.quantization is not None
+    assert manifest.quantization.fidelity is None
+
+
+# ---- in every command
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo model with half of its prompt layers, packed: in mixed bits without a checkpoint, in 4 bits beside one."""
+    folder = tmp_path_factory.mktemp("packed")
+    few = ("--num-samples", 4, "--max-new-tokens", 8, "--quiet", "--dataset", "demo", "--responses", "dataset")
+    demo = open_model("demo")
+    write_schedule(folder / "schedule.json", dropped_schedule(demo.identity, {3, 4}))
+    common = ("export", "demo", "--schedule", folder / "schedule.json", *few)
+    mixed = invoke(*common, "-o", folder / "mixed", "--precision", "mixed", "--bits", 5.5, "--format", "onnx")
+    assert mixed.exit_code == 0, mixed.output
+    both = invoke(*common, "-o", folder / "both", "--precision", "int4", "--activations", "fp32", "--zero-points")
+    assert both.exit_code == 0, both.output
+    for result, precision in ((mixed, "mixed"), (both, "F32 and int4")):
+        assert f" {precision}, of 7.41 MB" in result.stdout
+        assert "same likeliest token" in result.stdout
+    return {"mixed": folder / "mixed", "both": folder / "both"}
+
+
+def test_manifest_says_how_it_is_packed(bundles: dict[str, Path]) -> None:
+    mixed, both = (read_manifest(bundles[name]) for name in ("mixed", "both"))
+    assert mixed.quantization is not None
+    assert 5 < mixed.quantization.average_bits <= 5.5
+    assert {number for pair in mixed.quantization.layer_bits for number in pair} == {4, 8}
+    assert mixed.quantization.head_bits == 8
+    assert mixed.quantization.activations == "int8"
+    assert not mixed.has_checkpoint
+    assert both.quantization is not None
+    assert (both.quantization.average_bits, both.quantization.zero_points) == (4, True)
+    assert both.has_checkpoint
+    for manifest in (mixed, both):
+        fidelity = manifest.quantization.fidelity if manifest.quantization else None
+        assert fidelity is not None
+        assert fidelity.top1 > 0.9
+        assert 0 < fidelity.kl < 0.1
+        assert 0.9 < fidelity.perplexity_ratio < 1.1
+        assert fidelity.num_tokens > 50
+        assert Manifest.from_document(manifest.to_document(), place="here") == manifest
+
+
+def test_card_tells_of_it(bundles: dict[str, Path]) -> None:
+    mixed, both = ((bundles[name] / "README.md").read_text() for name in ("mixed", "both"))
+    assert "The ONNX graphs read model.mixed.safetensors alone" in mixed
+    assert "There are no weights for transformers here" in mixed
+    assert "With activations rounded to 8 bits" in mixed
+    assert "only the ONNX graphs read the packed ones" in both
+    assert "With activations rounded to 8 bits" not in both
+
+
+@pytest.mark.parametrize("name", ["mixed", "both"])
+def test_packed_folder_goes_through_the_commands(bundles: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = bundles[name]
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"prompt": "Is 7 larger than 3?", "response": "yes", "answer": "yes"}\n')
+    shown = invoke("show", folder)
+    assert shown.exit_code == 0
+    assert "weights of the graphs" in shown.stdout
+    generated = invoke("generate", folder, "--prompt", "Is 7 larger than 3? Answer yes or no.", "--max-new-tokens", 4)
+    assert generated.exit_code == 0
+    evaluated = invoke("eval", folder, "--tasks", items, "--json", "--quiet")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert [runner["name"] for runner in json.loads(evaluated.stdout)["runners"]] == ["reference", "onnx"]
+
+
+def test_genai_packs_weights_where_they_are_packed(bundles: dict[str, Path]) -> None:
+    document = json.loads((bundles["both"] / "genai_config.json").read_text())
+    assert "session.disable_prepacking" not in document["model"]["decoder"]["session_options"]
+
+
+def test_baseline_has_the_same_precision(bundles: dict[str, Path]) -> None:
+    found = benchmark_bundle(bundles["mixed"], baseline="demo", prompt_length=4, num_new_tokens=2, num_rounds=1)
+    whole, pruned = found["timings"]
+    manifest = read_manifest(bundles["mixed"])
+    assert pruned["weight_bytes"] == manifest.graph_weight_bytes
+    assert pruned["weight_bytes"] < whole["weight_bytes"] < 2 * pruned["weight_bytes"]
+
+
+# ---- usage
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--precision", "int4", "--bits", "5"), "--bits goes with --precision mixed"),
+        (("--block-size", "128"), "--block-size goes with --precision int8 or int4 or mixed"),
+        (("--precision", "fp16", "--zero-points"), "--zero-points goes with --precision int8 or int4 or mixed"),
+        (("--activations", "fp32"), "--activations goes with --precision int8 or int4 or mixed"),
+    ],
+)
+def test_options_of_packing_go_with_packing(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    result = invoke("export", "demo", "-o", tmp_path / "out", "--keep", 1, *options)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_schedule_goes_with_samples_only_to_measure_packing(tmp_path: Path) -> None:
+    write_schedule(tmp_path / "schedule.json", full_schedule(open_model("demo").identity))
+    options = ("export", "demo", "-o", tmp_path / "out", "--schedule", tmp_path / "schedule.json", "--dataset", "demo")
+    result = invoke(*options)
+    assert result.exit_code == 2
+    assert "does not go with --dataset" in result.output
+
+
+def test_packed_matrices_are_for_graphs(tmp_path: Path) -> None:
+    expect_error(
+        "export", "demo", "-o", tmp_path / "out", "--keep-layers", "0-11", "--precision", "int8", "--format", "hf", "--quiet",
+        message="int8 is a precision of ONNX graphs",
+    )  # fmt: skip
