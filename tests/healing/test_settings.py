@@ -10,7 +10,7 @@ import pytest
 
 from voidprune.artifacts import canonical_bytes
 from voidprune.errors import HealingError
-from voidprune.healing.settings import DistillSettings
+from voidprune.healing.settings import DistillSettings, Parameters
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ from voidprune.healing.settings import DistillSettings
         ({"warmup": 1.0}, "warm-up 1,"),
         ({"held_out": 0.0}, "held-out share 0 "),
         ({"weight_decay": math.nan}, "weight decay nan"),
+        ({"embeddings": True}, "embeddings are not trained by adapters"),
         ({"precision": "fp16"}, "training in fp16 is not offered"),
     ],
 )
@@ -45,10 +46,11 @@ def test_learning_rate_rises_and_falls() -> None:
 
 
 def test_default_learning_rate_shrinks_with_the_width() -> None:
-    settings = DistillSettings(warmup=0.0)
-    small, large = (settings.learning_rate_at(0, hidden_size=size) for size in (128, 4096))
-    assert small == pytest.approx(32 * large)
-    assert 1e-5 < large < 1e-4
+    for parameters, at_4096 in ((Parameters.LORA, 1.95e-4), (Parameters.FULL, 3.66e-5)):
+        settings = DistillSettings(parameters=parameters, warmup=0.0)
+        small, large = (settings.learning_rate_at(0, hidden_size=size) for size in (128, 4096))
+        assert small == pytest.approx(32 * large)
+        assert large == pytest.approx(at_4096, rel=0.01)
 
 
 def test_passes_shrink_with_the_vocabulary() -> None:
@@ -58,4 +60,4 @@ def test_passes_shrink_with_the_vocabulary() -> None:
 
 
 def test_document_is_json() -> None:
-    assert b'"parameters": "full"' in canonical_bytes(DistillSettings().to_document())
+    assert b'"parameters": "lora"' in canonical_bytes(DistillSettings().to_document())

@@ -23,7 +23,7 @@ PASS_LOGITS = 2**28
 """A GiB in float32; the loss and its gradients need about six of them at a time."""
 
 LEARNING_RATES = {Parameters.LORA: 0.8, Parameters.FULL: 0.15}
-"""Peak learning rate times hidden size."""
+"""Peak learning rate times hidden size: at a width of 4096, 2e-4 and 3.7e-5, as is usual. Tuned on the demo model, of width 128."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DistillSettings:
       schedule.
     """
 
-    parameters: Parameters = Parameters.FULL
+    parameters: Parameters = Parameters.LORA
     rank: int = 32
     alpha: int = 32
     embeddings: bool = False
@@ -79,6 +79,10 @@ class DistillSettings:
             raise HealingError(
                 f"warm-up {self.warmup:g}, held-out share {self.held_out:g} or weight decay {self.weight_decay:g} is out of range",
                 hint="give shares from 0 to 1, and a weight decay from 0 up",
+            )
+        if self.embeddings and self.parameters is Parameters.LORA:
+            raise HealingError(
+                "embeddings are not trained by adapters", hint="train full parameters, or the layers alone"
             )
         if self.precision not in ("fp32", "bf16"):
             raise HealingError(f"training in {self.precision} is not offered", hint="use fp32 or bf16")
