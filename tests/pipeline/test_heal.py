@@ -21,7 +21,7 @@ from voidprune.pipeline import heal as heal_module
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.evaluation import REFERENCE, WHOLE, evaluate_model
 from voidprune.pipeline.export import export_model, own_schedule
-from voidprune.pipeline.generation import generate_text
+from voidprune.pipeline.generation import Style, encode_prompt, generate_texts, open_speaker
 from voidprune.pipeline.heal import Patient, Treatment, heal_model
 from voidprune.pipeline.models import open_model
 from voidprune.pipeline.samples import Answering
@@ -123,8 +123,14 @@ def test_export_carries_the_original_model_on(folder: Path, manifest: Manifest, 
     assert exported.files["model.safetensors"] == manifest.files["model.safetensors"]
     assert read_manifest(tmp_path / "slim") == exported
     prompt = "Sort from smallest to largest: 91, 97, 73"
-    texts = ["".join(generate_text(str(name), prompt, max_new_tokens=12)) for name in (folder, tmp_path / "slim")]
-    assert texts[0] == texts[1]
+    texts = []
+    for name in (folder, tmp_path / "slim"):
+        with open_speaker(str(name), provider="cpu") as speaker:
+            assert (speaker.session is None) == (name == folder)
+            tokens = encode_prompt(speaker.tokenizer, [{"role": "user", "content": prompt}], raw=False)
+            pieces = generate_texts(speaker, [tokens], Style(max_new_tokens=12))
+            texts.append("".join(piece.text for piece in pieces))
+    assert texts[0] == texts[1] != ""
 
 
 def test_another_schedule_of_a_bundle_is_a_model_of_its_own(folder: Path, tmp_path: Path) -> None:
