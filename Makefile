@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-genai test-optimum check bench-profile bench-export bench-memory install clean
+.PHONY: demo test test-genai test-optimum check bench-profile bench-export bench-memory bench-precision install clean
 
 demo: .venv/installed
 	$(BIN)/voidprune demo --output out/demo --overwrite
@@ -32,6 +32,9 @@ bench-export: .venv/installed
 # Memory of both sessions beside one; BENCH=--full for all of the shape of Qwen2.5-0.5B (2 GB, twice on disk).
 bench-memory: .venv/installed
 	$(BIN)/python benchmarks/memory.py $(BENCH)
+
+bench-precision: .venv/installed
+	$(BIN)/python benchmarks/precision.py $(BENCH)
 
 install: .venv/installed
 

@@ -32,11 +32,9 @@ from voidprune.pipeline.progress import Track, untracked
 from voidprune.profiling.calibration import Sample, encode_rows, require_responses
 from voidprune.profiling.tracing import generate_responses
 from voidprune.quality.agreement import OpenRunner, measure_agreement
-from voidprune.quality.parity import free_memory
+from voidprune.quality.parity import HEADROOM, free_memory
 from voidprune.schedule import Schedule
 
-_HEADROOM = 1.25
-"""Memory that a model takes while it runs, per byte of its weights."""
 FEW, MANY = BITS
 
 
@@ -109,7 +107,7 @@ def _cannot_run(checkpoint: Checkpoint) -> str | None:
     """Why the whole model cannot answer prompts here; None where it can."""
     if checkpoint.revision is not None:
         return "only the layers that are kept are fetched"
-    needed = int(_HEADROOM * sum(stored_bytes(record, "F32") for record in checkpoint.tensors.values()))
+    needed = int(HEADROOM * sum(stored_bytes(record, "F32") for record in checkpoint.tensors.values()))
     if needed > (free := free_memory(default_device())):
         return f"it takes {needed:,} bytes in float32; {free:,} are free"
     try:

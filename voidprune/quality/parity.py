@@ -42,7 +42,7 @@ from voidprune.quality.layer_streaming import largest_part, streamed_model
 from voidprune.quality.packed_parity import check_packed
 from voidprune.schedule import Schedule
 
-_HEADROOM = 1.25
+HEADROOM = 1.25
 """Memory that a model takes while it runs, per byte of its weights."""
 
 
@@ -67,7 +67,7 @@ def verify_bundle(
         available_bytes = free_memory(device)
     copy_bytes = sum(4 * math.prod(record.shape) for record in slim.tensors.values())
     needed = max(_loaded_bytes(source, "F32" if slim.is_packed else manifest.dtype), copy_bytes)
-    fits = needed * _HEADROOM <= available_bytes
+    fits = needed * HEADROOM <= available_bytes
     if not fits:
         _require_layer_fits(source, available_bytes)
     if slim.is_packed:
@@ -95,7 +95,7 @@ def verify_bundle(
 
 
 def _require_layer_fits(source: Checkpoint, available_bytes: int) -> None:
-    if (part := largest_part(source)) * _HEADROOM > available_bytes:
+    if (part := largest_part(source)) * HEADROOM > available_bytes:
         raise ParityError(
             f"one layer of {source.name} takes {part:,} bytes in float32; {available_bytes:,} are free",
             hint="nothing unverified is published: export on a machine with more memory",
