@@ -482,7 +482,7 @@ def test_export_publishes_nothing_that_misses_its_gate(results: Path, tmp_path: 
 
 
 def test_bench_refuses_what_is_not_the_whole_model(results: Path) -> None:
-    expect_error("bench", results / "slim", "--baseline", results / "slim", message="is not the whole model in F32")
+    expect_error("bench", results / "slim", "--baseline", results / "slim", message="is not the whole model in fp32")
 
 
 def test_bench_beyond_the_context(results: Path) -> None:
