@@ -58,3 +58,51 @@ def test_bad_recipes_and_data_are_named(tmp_path: Path) -> None:
     expect_error("run", tmp_path / "r.yaml", "-o", tmp_path / "out", message="has unknown keys: alpha")
     absent = f"boolq={tmp_path / 'absent.jsonl'}"
     expect_error("run", RECIPE, "-o", tmp_path / "out", "--data", absent, message="cannot read")
+
+
+COMPRESSION = Path(__file__).parents[2] / "recipes" / "compression" / "demo.yaml"
+
+
+def test_a_dry_run_prints_the_steps_and_writes_nothing(tmp_path: Path) -> None:
+    result = invoke("run", COMPRESSION, "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["profile", "plan", "heal", "evaluate", "export", "bench", "report"]
+    assert lines[0].split(maxsplit=3) == ["profile", "run", "profile.json", "not done yet"]
+    assert lines[2].split(maxsplit=3) == ["heal", "run", "healed", "schedule.json will be new"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compression_runs_and_is_kept(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        "schema: voidprune.recipe/1\nkind: compression\nmodel: demo\n"
+        "data: {dataset: demo, num_samples: 2, responses: dataset}\n"
+        "plan: {keep: 0.75, criterion: last-n}\nbench: false\n"
+        "evaluate: {tasks: yes-no, num_items: 2, max_new_tokens: 4}\n"
+    )
+    arguments = ("run", recipe, "-o", tmp_path / "out", "-q")
+    first = invoke(*arguments)
+    assert first.exit_code == 0, first.output
+    steps = ["profile", "plan", "evaluate", "export", "report"]
+    assert [line.split()[0] for line in first.stdout.splitlines()] == steps
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()
+    again = invoke(*arguments)
+    assert [line.split()[:2] for line in again.stdout.splitlines()] == [[step, "kept"] for step in steps]
+    other = invoke(*arguments, "--rerun", "export")
+    assert [line.split()[1] for line in other.stdout.splitlines()][:3] == ["kept"] * 3
+    expect_error(*arguments, "--rerun", "bench", message="there is no step 'bench'")
+
+
+@pytest.mark.parametrize("option", [("--limit", 3), ("--alpha", 0.5), ("--data", "a=b"), ("--overwrite",)])
+def test_options_of_experiments_are_refused_for_a_compression(tmp_path: Path, option: tuple[object, ...]) -> None:
+    result = invoke("run", COMPRESSION, "-o", tmp_path / "out", *option)
+    assert result.exit_code == 2
+    assert f"{option[0]} does not go with a recipe of this kind" in result.stderr
+
+
+@pytest.mark.parametrize("option", [("--dry-run",), ("--rerun", "plan")])
+def test_options_of_compressions_are_refused_for_an_experiment(tmp_path: Path, option: tuple[object, ...]) -> None:
+    result = invoke("run", RECIPE, "-o", tmp_path / "out", *option)
+    assert result.exit_code == 2
+    assert f"{option[0]} does not go with a recipe of this kind" in result.stderr

@@ -83,7 +83,7 @@ def test_the_recipe_of_each_family(load: Load, tmp_path: Path, name: str, family
     )
     assert read_recipe(tmp_path / "out" / "recipe.json") == recipe
     published, fair, greedy = (one.document for one in finished)
-    assert published["settings"]["sampling"] == {"temperature": 0.6, "top_p": 0.9, "seed": 0}
+    assert published["settings"]["sampling"] == {"temperature": 0.6, "top_p": 0.9, "top_k": None, "seed": 0}
     assert published["settings"]["arithmetic"] == "model"
     assert [run["name"] for run in published["runs"][1:]] == ["readout", "fixed readout", "mask", "random layers"]
     assert "static, as mask" in [run["name"] for run in fair["runs"]]

@@ -8,79 +8,132 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from voidprune.cli.options import output_option, overwrite_option, quiet_option
 from voidprune.cli.output import print_tables, progress_bars
 
 if TYPE_CHECKING:
-    from voidprune.recipe import Recipe
+    from voidprune.pipeline.steps import StepState
+    from voidprune.recipe import CompressionRecipe, ExperimentRecipe
+
+EXPERIMENT_OPTIONS = ("data", "limit", "alphas", "batch_size", "overwrite")
+COMPRESSION_OPTIONS = ("rerun", "dry_run")
 
 
 @click.command()
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @output_option("Folder")
 @click.option("--model", help="Instead of the recipe's model.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Instead of the recipe's.")
+@click.option("--rerun", metavar="STEP", multiple=True, help="Do this step of a compression again, and what follows.")
+@click.option("--dry-run", is_flag=True, help="Print the steps of a compression and which of them would run.")
 @click.option(
     "--data",
     metavar="NAME=FILE",
     multiple=True,
-    help="A local file for a data set of the recipe; the others are left out.",
+    help="A local file for a data set of an experiment; the others are left out.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Use the first N items of each data set only.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first N items of each data set of an experiment.")
 @click.option(
     "--alpha",
     "alphas",
     type=click.FloatRange(min=0),
     multiple=True,
-    help="Instead of the recipe's; may be given several times.",
+    help="Instead of the experiment's; may be given several times.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Instead of the recipe's.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Instead of the recipe's.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Instead of the experiment's.")
 @overwrite_option
 @quiet_option
+@click.pass_context
 def run(
+    context: click.Context,
+    /,
     recipe_file: Path,
     output: Path,
     model: str | None,
+    dtype: str | None,
+    rerun: tuple[str, ...],
+    dry_run: bool,
     data: tuple[str, ...],
     limit: int | None,
     alphas: tuple[float, ...],
     batch_size: int | None,
-    dtype: str | None,
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Run a recipe. The same recipe into the same folder goes on where it was stopped.
+    """Run a recipe: a compression from profile to report, or an experiment.
+
+    Each step is done once. The same recipe into the same folder goes on where it was stopped; of a compression, what has changed
+    since is done again.
 
     \b
+      voidprune run recipes/compression/demo.yaml -o out/demo-healed
       voidprune run recipes/void-paper/qwen2.5-7b-instruct.yaml -o out/void-paper
     """
     if not all(map(math.isfinite, alphas)):
         raise click.UsageError("--alpha is not a number")
-    from voidprune.pipeline.recipes import run_recipe
-    from voidprune.recipe import AdaptiveRecipe, read_recipe
-    from voidprune.tables import adaptive_tables, probe_tables
+    from voidprune.recipe import CompressionRecipe, read_recipe
 
-    recipe = _with_files(read_recipe(recipe_file), data)
+    recipe = read_recipe(recipe_file)
+    is_compression = isinstance(recipe, CompressionRecipe)
+    for name in EXPERIMENT_OPTIONS if is_compression else COMPRESSION_OPTIONS:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = "--alpha" if name == "alphas" else "--" + name.replace("_", "-")
+            raise click.UsageError(f"{option} does not go with a recipe of this kind")
+    recipe = replace(recipe, model=model or recipe.model)
+    if isinstance(recipe, CompressionRecipe):
+        recipe = replace(recipe, dtype=dtype or recipe.dtype)
+        _run_compression(recipe, output, rerun=rerun, dry_run=dry_run, quiet=quiet)
+        return
     recipe = replace(
-        recipe,
-        model=model or recipe.model,
+        _with_files(recipe, data),
         dtype=dtype or recipe.dtype,
         limit=limit or recipe.limit,
         batch_size=batch_size or recipe.batch_size,
     )
+    _run_experiment(recipe, output, alphas=alphas, overwrite=overwrite, quiet=quiet)
+
+
+def _run_compression(
+    recipe: CompressionRecipe, folder: Path, *, rerun: tuple[str, ...], dry_run: bool, quiet: bool
+) -> None:
+    from voidprune.pipeline.compression import compression_steps
+    from voidprune.pipeline.steps import preview_steps, run_steps
+    from voidprune.report import render_report
+
+    steps = compression_steps(recipe, folder, render_report=render_report, track=progress_bars(quiet))
+    if dry_run:
+        for state in preview_steps(steps, folder, rerun=rerun):
+            _tell(state, "run" if state.must_run else "keep")
+        return
+    for state in run_steps(steps, folder, rerun=rerun):
+        _tell(state, "kept" if state.seconds is None else f"{state.seconds:.0f} s")
+
+
+def _tell(state: StepState, what: str) -> None:
+    click.echo(f"{state.name:<9} {what:<7} {state.output:<16} {state.reason}")
+
+
+def _run_experiment(
+    recipe: ExperimentRecipe, folder: Path, *, alphas: tuple[float, ...], overwrite: bool, quiet: bool
+) -> None:
+    from voidprune.pipeline.recipes import run_recipe
+    from voidprune.recipe import AdaptiveRecipe
+    from voidprune.tables import adaptive_tables, probe_tables
+
     if isinstance(recipe, AdaptiveRecipe):
         recipe, tables = replace(recipe, alphas=tuple(dict.fromkeys(alphas)) or recipe.alphas), adaptive_tables
     else:
         if alphas:
             raise click.UsageError("--alpha is LAC's, and this recipe is of another kind")
         tables = probe_tables
-    for finished in run_recipe(recipe, output, overwrite=overwrite, track=progress_bars(quiet)):
+    for finished in run_recipe(recipe, folder, overwrite=overwrite, track=progress_bars(quiet)):
         print_tables(*tables(finished.document))
         click.echo(f"{'kept' if finished.was_there else 'wrote'} {finished.file}")
 
 
-def _with_files(recipe: Recipe, data: tuple[str, ...]) -> Recipe:
+def _with_files(recipe: ExperimentRecipe, data: tuple[str, ...]) -> ExperimentRecipe:
     """With local files: the data sets that have one, in the order of the recipe; a task becomes a file of rows."""
     from voidprune.recipe import AdaptiveRecipe, DataSource
 

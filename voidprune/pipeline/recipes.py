@@ -1,4 +1,4 @@
-"""A recipe is run: what it asks for, in order, without doing again what is there already."""
+"""The recipe of an experiment is run: what it asks for, in order, without doing again what is there already."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from voidprune.profiling.layouts import (
     read_questions,
 )
 from voidprune.profiling.probing import Intervention, Scope
-from voidprune.recipe import AdaptiveRecipe, DataSource, ProbeRecipe, ProbeSource, Recipe, Setup
+from voidprune.recipe import AdaptiveRecipe, DataSource, ExperimentRecipe, ProbeRecipe, ProbeSource, Setup
 
 MARKER = "recipe.json"
 
@@ -41,7 +41,7 @@ class Finished:
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, *, overwrite: bool = False, track: Track = untracked
+    recipe: ExperimentRecipe, folder: Path, *, overwrite: bool = False, track: Track = untracked
 ) -> Iterator[Finished]:
     """Run every data set under every set-up; each result is written to `folder` as soon as it is there.
 
@@ -99,7 +99,7 @@ def find_probe_rows(data: ProbeSource, *, limit: int | None) -> list[Row]:
     return find_text_rows(data.source, data.layout, limit=limit)
 
 
-def prepare_folder(recipe: Recipe, folder: Path, *, overwrite: bool) -> None:
+def prepare_folder(recipe: ExperimentRecipe, folder: Path, *, overwrite: bool) -> None:
     """Claim a folder for a recipe, or find that it is claimed by the same. With `overwrite` the results of another one go."""
     marker, content = folder / MARKER, artifacts.canonical_bytes(recipe.to_document())
     if marker.is_file() and marker.read_bytes() == content:

@@ -14,7 +14,7 @@ from voidprune.execution.sampling import Sampling
 from voidprune.profiling.layouts import HubData
 from voidprune.recipe import DataSource, parse_recipe, read_recipe
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def document(**changes: Any) -> dict[str, Any]:

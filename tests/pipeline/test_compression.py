@@ -1,0 +1,99 @@
+"""A compression recipe on the model that ships: every step, and only what has changed when it is run again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from voidprune import artifacts
+from voidprune.errors import QualityGateError
+from voidprune.execution.manifest import read_manifest
+from voidprune.pipeline.compression import compression_steps
+from voidprune.pipeline.steps import preview_steps, run_steps
+from voidprune.planning.budgets import Budget
+from voidprune.recipe import CompressionRecipe
+from voidprune.recipe.compression import BenchPart, DataPart, EvaluationPart, HealPart, PlanPart
+from voidprune.schedule import read_schedule
+
+RECIPE = CompressionRecipe(
+    model="demo",
+    plan=PlanPart(Budget(keep_prefill=0.5, keep_decode=0.75), criterion="lac"),
+    data=DataPart("demo", num_samples=3, responses="dataset", max_new_tokens=24),
+    heal=HealPart(("linear",), num_samples=8),
+    evaluation=EvaluationPart("demo", num_items=2, max_new_tokens=8),
+    bench=BenchPart(prompt_length=8, num_new_tokens=3, num_rounds=1),
+)
+ALL = ["profile", "plan", "heal", "evaluate", "export", "bench", "report"]
+
+
+def render(folder: Path) -> str:
+    return f"<p>{len(list(folder.iterdir()))} files</p>"
+
+
+def run(recipe: CompressionRecipe, folder: Path, *, rerun: Sequence[str] = ()) -> list[str]:
+    """The steps that were run."""
+    steps = compression_steps(recipe, folder, render_report=render)
+    return [state.name for state in run_steps(steps, folder, rerun=rerun) if state.must_run]
+
+
+def previewed(recipe: CompressionRecipe, folder: Path) -> list[str]:
+    states = preview_steps(compression_steps(recipe, folder, render_report=render), folder)
+    return [state.name for state in states if state.must_run]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compression") / "out"
+    assert previewed(RECIPE, folder) == ALL
+    assert not folder.exists(), "a preview writes nothing"
+    assert run(RECIPE, folder) == ALL
+    return folder
+
+
+def test_the_folder_holds_the_whole_job(folder: Path) -> None:
+    schedule = read_schedule(folder / "schedule.json")
+    assert (sum(action.attends for action in schedule.prefill), len(schedule.prefill)) == (6, 12)
+    pruned = read_manifest(folder / "pruned")
+    assert pruned.schedule == schedule
+    assert pruned.healing is not None
+    assert pruned.healing.methods == ("linear",)
+    assert pruned.graphs
+    evaluation = artifacts.read_document(folder / "evaluation.json", kind="evaluation", version=2)
+    assert evaluation["model"] == "healed"
+    assert (folder / "report.html").read_text().startswith("<p>")
+
+
+def test_nothing_is_done_twice(folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.name != "steps.json"}
+    assert previewed(RECIPE, folder) == []
+    assert run(RECIPE, folder) == []
+    assert before == {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.name != "steps.json"}
+
+
+def test_what_a_change_reaches(folder: Path) -> None:
+    """A preview cannot know that a step will write the same again, so it may say more than is run."""
+    bench = replace(RECIPE, bench=BenchPart(prompt_length=9, num_new_tokens=3, num_rounds=1))
+    assert previewed(bench, folder) == ["bench", "report"]
+    evaluation = replace(RECIPE, evaluation=replace(RECIPE.evaluation, num_items=3))
+    assert previewed(evaluation, folder) == ["evaluate", "export", "bench", "report"]
+    assert previewed(replace(RECIPE, plan=replace(RECIPE.plan, single_turn=True)), folder) == ALL[1:]
+    assert previewed(replace(RECIPE, alpha=0.5), folder) == ALL
+    assert previewed(replace(RECIPE, export=replace(RECIPE.export, operators="standard")), folder) == ALL[4:]
+
+
+def test_a_missed_gate_exports_nothing(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, heal=None, bench=None, evaluation=replace(RECIPE.evaluation, min_score=1.0))
+    recipe = replace(recipe, plan=PlanPart(Budget(keep_prefill=0.2, keep_decode=0.2), criterion="last-n"))
+    folder = tmp_path / "out"
+    with pytest.raises(QualityGateError) as caught:
+        run(recipe, folder)
+    assert caught.value.hint is not None
+    assert "nothing was exported" in caught.value.hint
+    assert not (folder / "pruned").exists()
+    assert (folder / "evaluation.json").is_file()
+    lenient = replace(recipe, evaluation=replace(recipe.evaluation, min_score=None))
+    assert run(lenient, folder) == ["evaluate", "export", "report"], "profile and schedule are kept"
+    assert read_manifest(folder / "pruned").healing is None
