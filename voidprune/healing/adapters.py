@@ -71,6 +71,20 @@ def checkpoint_name(parameter: str, student: PreTrainedModel, spec: FamilySpec) 
     return spec.tensors.layer(int(index), suffix)
 
 
+def load_weights(model: PreTrainedModel, values: Mapping[str, Tensor]) -> None:
+    """Give a model new weights of its layers, its embedding and its head, by their names in a checkpoint of it."""
+    spec = find_family(model.config.to_dict())
+    layers = spec.modules.layers + "."
+    places = {
+        checkpoint_name(name, model, spec): parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(layers)
+    } | _end_weights(model, spec)
+    with torch.no_grad():
+        for name, tensor in values.items():
+            places[name].copy_(tensor)
+
+
 def _end_weights(student: PreTrainedModel, spec: FamilySpec) -> dict[str, nn.Parameter]:
     """The embedding and the head, by their names in a checkpoint. A tied head is the embedding."""
     embedding, head = (
@@ -102,18 +116,25 @@ def _trained_weights(
     return found
 
 
+def require_peft() -> None:
+    """Raise MissingExtraError where adapters cannot be had."""
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise MissingExtraError("peft is not installed", hint="pip install 'voidprune[heal]'") from error
+
+
 def _add_adapters(layers: nn.Module, targets: list[str], rank: int, alpha: int, seed: int) -> Any:
     """Low-rank adapters (arXiv 2106.09685) of these linear maps: W + alpha / rank * B A, with B zero at first.
 
     peft is given the layers alone: of a whole transformers model it asks the config, and takes a dense MLP beside experts for one
     of these (0.21.2).
     """
-    try:
-        from peft import LoraConfig, LoraModel
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise MissingExtraError("peft is not installed", hint="pip install 'voidprune[heal]'") from error
+    require_peft()
+    from peft import LoraConfig, LoraModel
+
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ from voidprune.schedule import Schedule, full_schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+WAIT = timedelta(hours=12)
+"""How long a process waits for another one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +99,7 @@ def distill(
     require_responses(samples)
     training, held_out = hold_out(samples, share=settings.held_out)
     slim_schedule = schedule.on_slim_model(replace(schedule.model, num_layers=len(schedule.union)))
-    accelerator = _open_accelerator(student)
+    accelerator = open_accelerator(on_cpu=student.device.type == "cpu")
     if min(settings.batch_size, len(training), len(held_out)) < accelerator.num_processes:
         raise HealingError(
             f"{accelerator.num_processes} processes do not each get a sample: batches of {settings.batch_size}, "
@@ -149,16 +153,21 @@ def distill(
     )
 
 
-def _open_accelerator(student: PreTrainedModel) -> Accelerator:
-    """Devices and processes, as accelerate's launcher says."""
+def open_accelerator(*, on_cpu: bool) -> Accelerator:
+    """Devices and processes, as accelerate's launcher says. Whoever opens another one gets the same processes.
+
+    Raises MissingExtraError, HealingError.
+    """
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedType
+        from accelerate.utils import DistributedType, InitProcessGroupKwargs
     except ModuleNotFoundError as error:
         if error.name != "accelerate":
             raise
         raise MissingExtraError("accelerate is not installed", hint="pip install 'voidprune[heal]'") from error
-    accelerator = Accelerator(cpu=student.device.type == "cpu", mixed_precision="no")
+    # The others wait while the first one writes what may be many gigabytes.
+    patience = InitProcessGroupKwargs(timeout=WAIT)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patience])
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in known:
         raise HealingError(

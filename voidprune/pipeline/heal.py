@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,13 @@ from voidprune.execution import manifest as manifests
 from voidprune.execution.manifest import Healing, HeldOutLoss, Manifest, Parity
 from voidprune.execution.reference import scheduled
 from voidprune.export.bundle import Healed, export_bundle
+from voidprune.export.hf_checkpoint import write_slim_checkpoint
+from voidprune.healing.adapters import load_weights, require_peft
+from voidprune.healing.distillation import Distilled, distill, open_accelerator
 from voidprune.healing.linear import check_foldable, fit_projections
+from voidprune.healing.settings import DistillSettings, Parameters
 from voidprune.healing.training_data import hold_out, prompt_hash
+from voidprune.healing.training_state import Measurement
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.pretrained import DTYPES, default_device, load_model
 from voidprune.models.tensors import precision_name
@@ -29,6 +35,9 @@ from voidprune.quality.evaluation import evaluate
 from voidprune.quality.parity import check_bundle
 from voidprune.schedule import Schedule, full_schedule
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 HELD_OUT = 0.1
 """Share of the samples that nothing is fitted to."""
 
@@ -38,7 +47,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Patient:
-    """What a method is given. `state` is what the methods before it changed."""
+    """What a method is given. `state` is what the methods before it changed; a training keeps its own state in `training`."""
 
     checkpoint: Checkpoint
     schedule: Schedule
@@ -48,12 +57,18 @@ class Patient:
     device: str
     batch_size: int
     track: Track
+    training: Path
+    distill_settings: DistillSettings
+    report: Callable[[Measurement], None]
 
     def load_whole(self) -> PreTrainedModel:
         """The whole model, with what was changed so far."""
-        model = load_model(self.checkpoint.folder, dtype=self.dtype, device=self.device)
+        model = self.load_original()
         apply_state(model, self.checkpoint, self.schedule, self.state)
         return model
+
+    def load_original(self) -> PreTrainedModel:
+        return load_model(self.checkpoint.folder, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +95,60 @@ def _fit(patient: Patient) -> Treatment:
     return Treatment(state, {"held_out": HELD_OUT}, {"branches": [branch.to_document() for branch in fitted.branches]})
 
 
-METHODS: Mapping[str, Callable[[Patient], Treatment]] = {"linear": _fit}
+def _teach(patient: Patient) -> Treatment:
+    accelerator = open_accelerator(on_cpu=patient.device == "cpu")
+    samples = [list(patient.samples)]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(samples)  # type: ignore[no-untyped-call]
+    settings = replace(patient.distill_settings, held_out=HELD_OUT)
+    student = _load_student(patient, accelerator)
+    done = distill(
+        patient.load_original(),
+        student,
+        patient.schedule,
+        samples[0],
+        settings=settings,
+        folder=patient.training,
+        track=patient.track,
+        report=patient.report,
+    )
+    return Treatment(done.state, settings.to_document(), _outcome(done))
+
+
+def _load_student(patient: Patient, accelerator: Accelerator) -> PreTrainedModel:
+    """The slim model, with what was changed so far. It is on disk for as long as it takes to load it."""
+    folder = patient.training / "student"
+    if accelerator.is_main_process:
+        with artifacts.disk_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+            folder.mkdir(parents=True)
+            write_slim_checkpoint(patient.checkpoint, patient.schedule.union, folder)
+    accelerator.wait_for_everyone()
+    student = load_model(folder, dtype=patient.dtype, device=patient.device)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder)
+    load_weights(student, patient.state)
+    return student
+
+
+def _outcome(done: Distilled) -> dict[str, Any]:
+    """Without what the clock says: a training that was killed and taken up again has the same record."""
+    history = [asdict(measurement) for measurement in done.history]
+    for measurement in history:
+        del measurement["tokens_per_second"]
+    return {
+        "loss_before": done.loss_before,
+        "loss_after": done.loss_after,
+        "best_step": done.best_step,
+        "stopped": done.stopped,
+        "history": history,
+    }
+
+
+METHODS: Mapping[str, Callable[[Patient], Treatment]] = {"linear": _fit, "distill": _teach}
 """What `--method` can be."""
 
 
@@ -91,36 +159,67 @@ def heal_model(
     rows: Sequence[Row],
     *,
     methods: Sequence[str] = ("linear",),
+    distill_settings: DistillSettings = DistillSettings(),  # noqa: B008  a frozen value
     answering: Answering = Answering(),  # noqa: B008  a frozen value
     dtype: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
     track: Track = untracked,
+    report: Callable[[Measurement], None] = lambda _measurement: None,
 ) -> Manifest:
     """Heal a model under a schedule, one method after the other, and write a bundle without graphs: `voidprune export` makes them.
 
-    What is not better on held-out samples is not kept; the record in the manifest says what came of it. The folder is verified
-    before it is published. Raises every VoidpruneError of the way.
+    What is not better on held-out samples is not kept; the record in the manifest says what came of the methods up to the last one
+    that is. The folder is verified before it is published.
+
+    A training keeps its state in `<folder>.training` until the bundle stands: the same call takes it up again where it was killed.
+    What is held out is the same for all methods, whatever `distill_settings` say, and `report` is told what a training measures.
+    Started by the launcher of accelerate, all processes train, and the first does all else. Raises every VoidpruneError of the way.
     """
     artifacts.check_output_folder(folder, overwrite=overwrite, marker=manifests.FILE)
     schedule.check_model(checkpoint.identity, place="the schedule")
     _check_healable(checkpoint, schedule, methods)
     device = device or default_device()
     dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    accelerator = None
+    if "distill" in methods:
+        accelerator = _open_processes(device, dtype, distill_settings)
+        device = str(accelerator.device)
+        if not accelerator.is_main_process:
+            track = untracked
     samples = prepare_samples(checkpoint, rows, answering, dtype=dtype, device=device, track=track)
     _, held_out = hold_out(samples, share=HELD_OUT)
-    patient = Patient(checkpoint, schedule, samples, {}, dtype, device, answering.batch_size, track)
+    training = folder.with_name(folder.name + ".training")
+    patient = Patient(
+        checkpoint,
+        schedule,
+        samples,
+        {},
+        dtype,
+        device,
+        answering.batch_size,
+        track,
+        training,
+        distill_settings,
+        report,
+    )
     settings, outcomes = {}, {}
+    states: list[State] = [patient.state]
     for method in methods:
         treatment = METHODS[method](patient)
         settings[method], outcomes[method] = treatment.settings, treatment.outcome
         stored = {name: _rounded(tensor, checkpoint) for name, tensor in treatment.state.items()}
         patient = replace(patient, state={**patient.state, **stored})
-    found, state = _measure(patient, held_out)
+        states.append(patient.state)
+    if accelerator is not None and not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        return manifests.read_manifest(folder)
+    found, num_kept = _measure(patient, states, held_out)
+    state, kept = states[num_kept], methods[: num_kept or None]
     record = Healing(
-        methods=tuple(methods),
-        settings=settings,
-        outcomes=outcomes,
+        methods=tuple(kept),
+        settings={method: settings[method] for method in kept},
+        outcomes={method: outcomes[method] for method in kept},
         samples=fingerprint_samples(samples),
         prompts=tuple(sorted({prompt_hash(sample.prompt) for sample in samples})),
         held_out=found,
@@ -133,7 +232,7 @@ def heal_model(
             apply_state(source, checkpoint, schedule, state)
             return check_bundle(stage, source=source, schedule=schedule)
 
-    return export_bundle(
+    manifest = export_bundle(
         checkpoint,
         schedule,
         folder,
@@ -142,6 +241,25 @@ def heal_model(
         overwrite=overwrite,
         healed=Healed({name: tensor.float().numpy() for name, tensor in state.items()}, record),
     )
+    shutil.rmtree(training, ignore_errors=True)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return manifest
+
+
+def _open_processes(device: str, dtype: str, settings: DistillSettings) -> Accelerator:
+    """Raise HealingError or MissingExtraError where a training could not begin, before anything was done for it."""
+    if dtype == "fp16":
+        raise HealingError("nothing is trained in fp16: gradients vanish", hint="add --dtype fp32 or bf16")
+    if settings.parameters is Parameters.LORA:
+        require_peft()
+    accelerator = open_accelerator(on_cpu=device == "cpu")
+    index = torch.device(device).index
+    if index not in (None, accelerator.device.index or 0):
+        raise HealingError(
+            f"a training runs on {accelerator.device}, not on {device}", hint=f"set CUDA_VISIBLE_DEVICES={index}"
+        )
+    return accelerator
 
 
 def _check_healable(checkpoint: Checkpoint, schedule: Schedule, methods: Sequence[str]) -> None:
@@ -157,20 +275,23 @@ def _check_healable(checkpoint: Checkpoint, schedule: Schedule, methods: Sequenc
             f"{checkpoint.name} is quantized, and healed weights are not",
             hint="heal the checkpoint that was quantized, then quantize it again",
         )
+    if len(set(methods)) != len(methods) or "linear" in methods[1:]:
+        raise HealingError(
+            f"the methods {', '.join(methods)} do not follow each other", hint="give each once, and linear first"
+        )
     if "linear" in methods:
         check_foldable(checkpoint)
 
 
 def apply_state(model: PreTrainedModel, checkpoint: Checkpoint, schedule: Schedule, state: State) -> None:
     """Give the whole model the weights that were changed in the slim one."""
-    architecture = checkpoint.architecture
-    names, place = architecture.spec.tensors, architecture.spec.modules.layers
-    for name, tensor in state.items():
-        found = names.layer_of(name)
-        if found is not None:
-            name = f"{place}.{schedule.union[found[0]]}.{found[1]}"
-        with torch.no_grad():
-            model.get_parameter(name).copy_(tensor)
+    names = checkpoint.architecture.spec.tensors
+    places = {name: names.layer_of(name) for name in state}
+    whole = {
+        name if place is None else names.layer(schedule.union[place[0]], place[1]): state[name]
+        for name, place in places.items()
+    }
+    load_weights(model, whole)
 
 
 def _rounded(tensor: Tensor, checkpoint: Checkpoint) -> Tensor:
@@ -178,8 +299,8 @@ def _rounded(tensor: Tensor, checkpoint: Checkpoint) -> Tensor:
     return tensor.cpu().to(getattr(torch, DTYPES[precision_name(checkpoint.dtype)]))
 
 
-def _measure(patient: Patient, held_out: Sequence[Sample]) -> tuple[HeldOutLoss, State]:
-    """The losses on held-out samples, and the state that is best there: what was changed, or nothing."""
+def _measure(patient: Patient, states: Sequence[State], held_out: Sequence[Sample]) -> tuple[HeldOutLoss, int]:
+    """The losses on held-out samples, and which state is best there, the first of equals. Each state changes more than the last."""
     questions = [replace(sample, answer=None, choices=()) for sample in held_out]
 
     def loss(model: PreTrainedModel, schedule: Schedule) -> float:
@@ -190,13 +311,12 @@ def _measure(patient: Patient, held_out: Sequence[Sample]) -> tuple[HeldOutLoss,
         assert found is not None
         return found
 
-    with patient.track("measuring", 3 * len(questions), "samples") as advance:
-        model = replace(patient, state={}).load_whole()
+    losses = []
+    with patient.track("measuring", (1 + len(states)) * len(questions), "samples") as advance:
+        model = patient.load_original()
         whole = loss(model, full_schedule(patient.schedule.model, boundary=patient.schedule.boundary))
-        before = loss(model, patient.schedule)
-        apply_state(model, patient.checkpoint, patient.schedule, patient.state)
-        after = loss(model, patient.schedule)
-    is_better = after < before
+        for state in states:
+            apply_state(model, patient.checkpoint, patient.schedule, state)
+            losses.append(loss(model, patient.schedule))
     num_tokens = sum(len(sample.response or ()) for sample in questions)
-    found = HeldOutLoss(len(questions), num_tokens, whole, before, after if is_better else before)
-    return found, patient.state if is_better else {}
+    return HeldOutLoss(len(questions), num_tokens, whole, losses[0], min(losses)), losses.index(min(losses))
