@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 
 from tests.conftest import Bundle, GetModel, MakeBundle
 from tests.strategies import schedules
@@ -39,6 +41,7 @@ from voidprune.schedule import (
 
 A = LayerAction
 NO_TOKEN = 10**6
+PADDED_PROMPT = [5, 9, 17, 3, 44]
 LONGROPE = "phi3-longrope"
 MIXED_PREFILL = (A.FULL, A.KV_MLP, A.SKIP_ATTENTION, A.KV_ONLY, A.FULL, A.KV_ONLY)
 MIXED_DECODE = (A.FULL, A.FULL, A.SKIP_MLP, A.FULL, A.SKIP, A.SKIP_MLP)
@@ -395,3 +398,41 @@ def test_authoring_is_deterministic(llama: TinyModel, tmp_path: Path) -> None:
 
     first, second = (to_proto(author_prefill(slim, renumbered)).SerializeToString(deterministic=True) for _ in range(2))
     assert first == second
+
+
+# ---- padding
+
+
+def padded_feeds(graph: ort.InferenceSession) -> dict[str, np.ndarray[Any, Any]]:
+    """PROMPT in the first row; in the second, three tokens of it behind two that are none."""
+    cache = {
+        value.name: np.zeros((2, value.shape[1], 8, value.shape[3]), np.float32)
+        for value in graph.get_inputs()
+        if value.name.startswith("past")
+    }
+    return {
+        "input_ids": np.array([PADDED_PROMPT, [0, 0, *PADDED_PROMPT[:3]]]),
+        "attention_mask": np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]),
+        **cache,
+    }
+
+
+def test_a_padded_row_gets_no_answer_and_the_others_their_own(llama: TinyModel, make_bundle: MakeBundle) -> None:
+    """Runtimes that pad prompts on the left, as transformers does, must not take what comes out for logits."""
+    session = make_bundle(llama, full_schedule(llama.identity)).session
+    graph = session.sessions[Phase.DECODE]
+    logits = graph.run(["logits"], padded_feeds(graph))[0][:, -1]
+    expected = session.start(max_positions=8).prefill([PADDED_PROMPT])[0]
+    np.testing.assert_allclose(logits[0], expected, atol=1e-4)
+    assert np.isnan(logits[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("operators", "phase"), [("ort", Phase.PREFILL), ("standard", Phase.PREFILL), ("standard", Phase.DECODE)]
+)
+def test_onnxruntime_refuses_padded_rows_where_positions_are_seen(
+    llama: TinyModel, make_bundle: MakeBundle, operators: str, phase: Phase
+) -> None:
+    graph = make_bundle(llama, full_schedule(llama.identity), operators=operators).session.sessions[phase]
+    with pytest.raises((Fail, InvalidArgument), match=r"is negative|out of range"):
+        graph.run(["logits"], padded_feeds(graph))

@@ -66,9 +66,17 @@ class GraphAuthor:
     # ---- the residual stream
 
     def embed(self) -> Hidden:
+        """The embedded tokens; not a number in a row whose prompt is padded, which would else be answered wrongly."""
         table = self.emit.weights.matrix([Rows(f"{self.names.embedding}.weight")])
         embedded = self.operators.embed(table, self.emit.input_ids)
-        return Hidden(self.emit.scale(embedded, self.architecture.embedding_scale), None, self.emit.all_tokens)
+        stream = self.emit.scale(embedded, self.architecture.embedding_scale)
+        return Hidden(self.emit.op("Add", [stream, self._padding()]), None, self.emit.all_tokens)
+
+    def _padding(self) -> ir.Value:
+        """[B, 1, 1]: 0, or NaN for a row with more new tokens than it has tokens: those that are too many are padding."""
+        is_padded = self.emit.op("Less", [self.emit.all_tokens.first_position, self.emit.integer(0)])
+        choice = self.emit.op("Where", [is_padded, self.emit.number(float("nan")), self.emit.number(0.0)])
+        return self.emit.op("Unsqueeze", [choice, self.emit.integers(1, 2)])
 
     def last_token(self, hidden: Hidden) -> Hidden:
         return self._slice_hidden(hidden, -1, END, self.emit.final_token)

@@ -7,7 +7,8 @@ The contract of the graphs (B rows, T new tokens, S tokens with the past, M posi
 size, V vocabulary):
 
 - inputs `input_ids` [B, T] and `attention_mask` [B, S], int64; the ones of a mask row count that row's tokens, the new ones
-  included. The T new tokens are real in every row: rows with prompts of different length are prefilled apart.
+  included. The T new tokens are real in every row: rows with prompts of different length are prefilled apart. A padded row's
+  logits are not numbers, so that nobody takes them for an answer.
 - inputs `past_key_values.{slot}.key|value` and outputs `present.{slot}.key|value`, [B, N, M, H]: one buffer, bound to both.
   Slots count the layers that write K/V in either phase, without gaps. A graph has only the slots that it writes.
 - `prefill.onnx` is all that a prompt needs: prefill actions on all tokens but the last, decode actions on the last (with the

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from voidprune import artifacts
+from voidprune.errors import RecipeError
+from voidprune.healing.losses import DistillLoss
+from voidprune.healing.settings import DistillSettings
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.sizes import measure_sizes
 from voidprune.pipeline.benchmark import benchmark_bundle
@@ -55,6 +58,7 @@ class _Compression:
         self.evaluation_rows = find_rows(recipe.evaluation.tasks, num_items=recipe.evaluation.num_items)
         self.gates = Gates(min_score=recipe.evaluation.min_score, max_ppl_ratio=recipe.evaluation.max_ppl_ratio)
         self.gates.check_rows(self.evaluation_rows, has_whole=True)
+        self.distill_settings = _distill_settings(recipe)
 
     def steps(self) -> list[Step]:
         recipe = self.recipe
@@ -131,6 +135,7 @@ class _Compression:
             self.folder / HEALED,
             self.healing_rows(),
             methods=recipe.heal.methods,
+            distill_settings=self.distill_settings,
             answering=Answering(data.responses, data.max_new_tokens, None, data.batch_size),
             dtype=recipe.dtype,
             device=recipe.device,
@@ -206,6 +211,19 @@ def _plan_request(recipe: CompressionRecipe) -> PlanRequest:
             num_judging=plan.num_judging,
         ),
     )
+
+
+def _distill_settings(recipe: CompressionRecipe) -> DistillSettings:
+    """Raises RecipeError for a name that is no setting, HealingError for a value that makes no sense."""
+    given = dict(recipe.heal.settings or {}) if recipe.heal is not None else {}
+    loss = {field.name: given.pop(field.name) for field in fields(DistillLoss) if field.name in given}
+    known = {field.name for field in fields(DistillSettings)} - {"loss", "held_out", "phase_blind"}
+    if unknown := given.keys() - known:
+        raise RecipeError(
+            f"heal: distill has unknown keys: {', '.join(sorted(unknown))}",
+            hint=f"known here: {', '.join(sorted(known | {field.name for field in fields(DistillLoss)}))}",
+        )
+    return DistillSettings(**{"seed": recipe.seed, **given}, loss=DistillLoss(**loss))  # type: ignore[arg-type]
 
 
 def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:
