@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,30 @@ def test_heal_then_export_without_a_word_on_layers(results: Path, tmp_path: Path
     (tmp_path / "seen.jsonl").write_text(json.dumps({"prompt": seen.messages[0]["content"], "response": "yes"}))
     expect_error(*refused, message="1 of the 1 prompts of seen.jsonl were trained on")
     expect_error(*arguments, "-o", tmp_path / "healed", message="exists")
+
+
+def test_a_training_says_how_it_goes_and_what_came_of_it(tmp_path: Path) -> None:
+    dropped = invoke("plan", "demo", "-o", tmp_path / "schedule.json", "--drop-layers", "5,7,8")
+    assert dropped.exit_code == 0, dropped.output
+    arguments = ("heal", "demo", "--schedule", tmp_path / "schedule.json", "--dataset", "demo", "--num-samples", 12,
+                 "--responses", "dataset", "--device", "cpu", "-o", tmp_path / "out")  # fmt: skip
+    short = ("--method", "distill", "--steps", 8, "--evaluate-every", 4, "--heal-batch-size", 8, "--rank", 4)
+    refused = invoke(*arguments, "--rank", 4)
+    assert refused.exit_code == 2
+    assert "--rank goes with --method distill" in refused.stderr
+    expect_error(*arguments, *short, "--embeddings", message="embeddings are not trained by adapters")
+    expect_error(*arguments, *short, "--method", "linear", message="distill, linear do not follow each other")
+    failed = invoke(*arguments, *short, "--learning-rate", 0.3, "--json")
+    assert failed.exit_code == 0, failed.output
+    assert json.loads(failed.stdout)["healing"]["settings"]["distill"]["alpha"] == 4
+    assert re.search(
+        r"^step 8: held-out loss [\d.]+, training loss [\d.]+, [\d,]+ tokens/s$", failed.stderr, re.MULTILINE
+    )
+    assert "nothing that was tried is better on held-out samples" in failed.stderr
+    half = invoke(*arguments, "--method", "linear", *short, "--learning-rate", 0.3, "--overwrite", "--quiet")
+    assert half.exit_code == 0, half.output
+    assert half.stderr == "distill made nothing better on held-out samples and was dropped\n"
+    assert "healed by linear " in half.stdout
 
 
 # ---- choosing layers on the model

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.conftest import GetModel
+from tests.tiny_models import build_model
 from voidprune import artifacts
-from voidprune.errors import DatasetError, HealingError, OutputError, ScheduleError
+from voidprune.errors import DatasetError, HealingError, MissingExtraError, OutputError, ScheduleError
 from voidprune.execution.manifest import Manifest, is_bundle, read_manifest
+from voidprune.healing.settings import DistillSettings, Parameters
 from voidprune.healing.training_data import prompt_hash
 from voidprune.models.checkpoint import open_checkpoint, read_tensor
 from voidprune.models.pretrained import load_tokenizer
@@ -23,13 +31,16 @@ from voidprune.pipeline.evaluation import REFERENCE, WHOLE, evaluate_model
 from voidprune.pipeline.export import export_model, own_schedule
 from voidprune.pipeline.generation import Style, encode_prompt, generate_texts, open_speaker
 from voidprune.pipeline.heal import Patient, Treatment, heal_model
-from voidprune.pipeline.models import open_model
+from voidprune.pipeline.models import demo_folder, open_model
 from voidprune.pipeline.samples import Answering
 from voidprune.pipeline.tasks import task_rows
 from voidprune.schedule import LayerAction, Schedule, dropped_schedule, full_schedule
 
 A = LayerAction
 DATASET = Answering(responses="dataset")
+SHORT = DistillSettings(steps=12, batch_size=8, evaluate_every=4, rank=8, alpha=8, learning_rate=1e-3)
+TOO_FAST = replace(SHORT, learning_rate=0.3)
+"""So fast that nothing is learned."""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +57,17 @@ def folder(schedule: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Path
     rows = task_rows("demo", num_items=12, split="training")
     heal_model(open_model("demo"), schedule, folder, rows, answering=DATASET, device="cpu")
     return folder
+
+
+def distilled(
+    schedule: Schedule, folder: Path, *methods: str, settings: DistillSettings = SHORT, **options: Any
+) -> Manifest:
+    """Of the items that `folder` is healed with."""
+    rows = task_rows("demo", num_items=12, split="training")
+    return heal_model(
+        open_model("demo"), schedule, folder, rows,
+        methods=methods, distill_settings=settings, answering=DATASET, device="cpu", **options,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +225,140 @@ def test_what_cannot_be_healed_is_refused_before_anything_is_done(
     with pytest.raises(DatasetError, match="no response"):
         heal_model(demo, schedule, tmp_path / "out", nothing, answering=DATASET, device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_distillation_goes_on_where_the_fit_ends(schedule: Schedule, manifest: Manifest, tmp_path: Path) -> None:
+    measured = []
+    healed = distilled(schedule, tmp_path / "out", "linear", "distill", report=measured.append).healing
+    assert healed is not None
+    assert manifest.healing is not None
+    assert healed.methods == ("linear", "distill")
+    assert healed.held_out.before == manifest.healing.held_out.before
+    assert healed.held_out.after < manifest.healing.held_out.after
+    assert healed.outcomes["linear"] == manifest.healing.outcomes["linear"]
+    assert [measurement.step for measurement in measured] == [0, 4, 8, 12]
+    outcome = healed.outcomes["distill"]
+    assert [look["held_out_loss"] for look in outcome["history"]] == [look.held_out_loss for look in measured]
+    assert outcome["loss_after"] < outcome["loss_before"]
+    assert outcome["stopped"] == "steps"
+    assert healed.settings["distill"]["rank"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert read_manifest(tmp_path / "out").healing == healed
+
+
+@pytest.mark.parametrize("parameters", Parameters)
+@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
+def test_families_that_cannot_be_fitted_are_distilled(family: str, parameters: Parameters, tmp_path: Path) -> None:
+    build_model(family, tmp_path / "model", vocab_size=606, bos_token_id=1, eos_token_id=4, max_position_embeddings=512)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo_folder() / name, tmp_path / "model" / name)
+    model = open_model(str(tmp_path / "model"))
+    settings = replace(
+        SHORT,
+        parameters=parameters,
+        embeddings=parameters is Parameters.FULL,
+        steps=24,
+        evaluate_every=8,
+        learning_rate=1e-2,
+    )
+    healed = heal_model(
+        model,
+        dropped_schedule(model.identity, {1}),
+        tmp_path / "out",
+        task_rows("demo", num_items=20, split="training"),
+        methods=("distill",),
+        distill_settings=settings,
+        answering=Answering(max_new_tokens=6),
+        device="cpu",
+    ).healing
+    assert healed is not None
+    assert healed.has_helped
+    assert healed.held_out.after < healed.held_out.before
+
+
+def test_training_that_is_not_better_is_not_kept(
+    folder: Path, schedule: Schedule, manifest: Manifest, tmp_path: Path
+) -> None:
+    alone = distilled(schedule, tmp_path / "alone", "distill", settings=TOO_FAST)
+    assert alone.healing is not None
+    assert not alone.healing.has_helped
+    untouched = export_model(open_model("demo"), schedule, tmp_path / "plain", formats=("hf",))
+    assert alone.files["model.safetensors"] == untouched.files["model.safetensors"]
+    after = distilled(schedule, tmp_path / "after", "linear", "distill", settings=TOO_FAST)
+    assert after.healing == manifest.healing, "what was dropped is not said to have healed"
+    assert after.files["model.safetensors"] == manifest.files["model.safetensors"]
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.pipeline.test_heal import distilled
+from voidprune.schedule import read_schedule
+
+def report(measurement):
+    if measurement.step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+distilled(read_schedule(Path("schedule.json")), Path("out"), "linear", "distill", report=report)
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
+
+def write_schedule(schedule: Schedule, path: Path) -> None:
+    path.write_bytes(artifacts.canonical_bytes(schedule.to_document()))
+
+
+def test_process_that_was_killed_ends_in_the_same_bytes(schedule: Schedule, tmp_path: Path) -> None:
+    write_schedule(schedule, tmp_path / "schedule.json")
+    done = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"schedule.json", "out.training"}
+    seen = []
+    distilled(schedule, tmp_path / "out", "linear", "distill", report=seen.append)
+    assert [measurement.step for measurement in seen] == [12]
+    assert {path.name for path in tmp_path.iterdir()} == {"schedule.json", "out"}
+    distilled(schedule, tmp_path / "again" / "out", "linear", "distill")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / "out" / path.name).read_bytes(), path.name
+
+
+def test_several_processes_train_and_one_writes(schedule: Schedule, tmp_path: Path) -> None:
+    write_schedule(schedule, tmp_path / "schedule.json")
+    rows = task_rows("demo", num_items=12, split="training")
+    items = [{"prompt": row.messages[0]["content"], "response": row.response} for row in rows]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    launcher = "-m accelerate.commands.launch --cpu --num_processes 2 --mixed_precision no"
+    command = (
+        f"{launcher} -m voidprune heal demo --schedule schedule.json -o out --method distill --dataset items.jsonl --steps 12 "
+        "--responses dataset --evaluate-every 4 --heal-batch-size 8 --rank 8 --learning-rate 1e-3 --device cpu --json"
+    )
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document == json.loads((tmp_path / "out" / "voidprune.json").read_bytes())
+    assert {path.name for path in tmp_path.iterdir()} == {"schedule.json", "items.jsonl", "out"}
+    plain = distilled(schedule, tmp_path / "plain", "distill").healing
+    assert plain is not None
+    assert document["healing"]["held_out"]["after"] == pytest.approx(plain.held_out.after, rel=1e-2)
+
+
+def test_trainings_that_cannot_begin_are_refused_before_anything_is_done(
+    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for methods in (("distill", "linear"), ("distill", "distill")):
+        with pytest.raises(HealingError, match="do not follow each other"):
+            distilled(schedule, tmp_path / "out", *methods)
+    with pytest.raises(HealingError, match="nothing is trained in fp16"):
+        distilled(schedule, tmp_path / "out", "distill", dtype="fp16")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match="peft is not installed") as caught:
+        distilled(schedule, tmp_path / "out", "distill")
+    assert caught.value.hint == "pip install 'voidprune[heal]'"
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_record_is_plain_json(folder: Path, manifest: Manifest) -> None:
