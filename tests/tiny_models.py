@@ -149,13 +149,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {
             **LITTLE,
-            "original_max_position_embeddings": 11,
+            "original_max_position_embeddings": 40,
             "rope_parameters": {
                 "rope_type": "longrope",
                 "rope_theta": 500.0,
                 "short_factor": [1.0, 1.2, 1.5, 2.0],
                 "long_factor": [1.0, 2.0, 5.0, 9.0],
-                "original_max_position_embeddings": 11,
+                "original_max_position_embeddings": 40,
             },
         },
     ),

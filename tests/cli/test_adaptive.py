@@ -49,7 +49,7 @@ def test_settings_reach_the_result() -> None:
         "alphas": [0.3, 0.0],
         "arithmetic": "model",
         "static": False,
-        "sampling": {"temperature": 0.6, "top_p": 0.9, "seed": 7},
+        "sampling": {"temperature": 0.6, "top_p": 0.9, "top_k": None, "seed": 7},
         "max_new_tokens": 4,
         "batch_size": 32,
         "seed": 7,

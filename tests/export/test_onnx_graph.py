@@ -150,7 +150,7 @@ def test_64_greedy_tokens_are_those_of_transformers(graph_model: TinyModel, make
     session = make_bundle(graph_model, full_schedule(graph_model.identity)).session
     prompts = [[5, 9, 17, 3, 44, 21, 8, 80, 33, 2, 11, 60, 7], [7, 90, 4]]
     if graph_model.name == LONGROPE:
-        prompts[1] *= 5  # long from the start: what happens on the way there is the test below
+        prompts = [(prompt * 15)[:50] for prompt in prompts]  # long from the start: on the way there see below
     found = session.generate(prompts, max_new_tokens=64)
     for prompt, response in zip(prompts, found, strict=True):
         stock = graph_model.model.generate(
@@ -163,8 +163,6 @@ def test_64_greedy_tokens_are_those_of_transformers(graph_model: TinyModel, make
 def test_chunks_of_a_prompt_are_the_prompt(graph_model: TinyModel, make_bundle: MakeBundle) -> None:
     session = make_bundle(graph_model, full_schedule(graph_model.identity)).session
     prompt = [5, 9, 17, 3, 44, 21, 8, 80, 33, 2, 11, 60, 7]
-    if graph_model.name == LONGROPE:
-        prompt = prompt[:11]
     whole, chunked = (session.start(max_positions=len(prompt)) for _ in range(2))
     expected = whole.prefill([prompt])
     for start, stop in ((0, 4), (4, 5), (5, 9)):
@@ -176,11 +174,11 @@ def test_longrope_changes_its_frequencies_row_by_row(get_model: GetModel, make_b
     """Each row as if it were alone; and what was cached before it grew long stays, unlike in transformers' `generate`."""
     source = get_model(LONGROPE)
     session = make_bundle(source, full_schedule(source.identity)).session
-    short, long = [5, 9, 17, 3], [5, 9, 17, 3, 44, 21, 8, 80, 33, 2, 11, 60]
+    short, long = [5, 9, 17, 3] * 8, [5, 9, 17, 3] * 11  # of 40 tokens that are short
     steps = [7, 90, 4]
 
     def run(*rows: list[int]) -> np.ndarray[Any, Any]:
-        conversation = session.start(len(rows), max_positions=20)
+        conversation = session.start(len(rows), max_positions=60)
         logits = [conversation.prefill(rows)]
         logits += [conversation.decode(np.array([[step]] * len(rows)))[:, -1] for step in steps]
         return np.stack(logits)
@@ -189,9 +187,9 @@ def test_longrope_changes_its_frequencies_row_by_row(get_model: GetModel, make_b
     for row in (short, long):
         stock = source.model(torch.tensor([row + steps])).logits[0, len(row) - 1 :].detach().numpy()
         np.testing.assert_allclose(run(row)[:, 0], stock, atol=1e-4)
-    grown = session.start(max_positions=20)
-    grown.prefill([long[:8]])
-    assert np.abs(grown.prefill([long[8:]])[0] - run(long)[0, 0]).max() > 0.01
+    grown = session.start(max_positions=60)
+    grown.prefill([long[:30]])
+    assert np.abs(grown.prefill([long[30:]])[0] - run(long)[0, 0]).max() > 0.01
 
 
 @settings(max_examples=2)

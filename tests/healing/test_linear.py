@@ -17,16 +17,20 @@ from voidprune.errors import HealingError, ModelError
 from voidprune.execution.reference import scheduled
 from voidprune.healing.linear import Fitted, check_foldable, fit_projections
 from voidprune.healing.readers import Part
-from voidprune.models.families import FAMILIES
 from voidprune.profiling.calibration import Sample
 from voidprune.schedule import LayerAction, Schedule, dropped_schedule, full_schedule
 
 A = LayerAction
 # Every shape whose sublayers end in a projection, and none else.
-SANDWICHED = {"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4", "exaone4-no-windows"}
-SIDE_BY_SIDE = {"cohere", "cohere2", "stablelm-parallel"}
-EXPERTS = {name for name, (model_type, _) in SHAPES.items() if FAMILIES[model_type].model_type in (
-    "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")}  # fmt: skip
+
+
+def shapes_of(*model_types: str) -> set[str]:
+    return {name for name, (model_type, _) in SHAPES.items() if model_type in model_types}
+
+
+SANDWICHED = shapes_of("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4")
+SIDE_BY_SIDE = {"stablelm-parallel"} | shapes_of("cohere", "cohere2")
+EXPERTS = shapes_of("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 FOLDABLE = sorted(set(SHAPES) - SANDWICHED - SIDE_BY_SIDE - EXPERTS)
 
 

@@ -174,7 +174,7 @@ def test_sampling_is_the_same_each_time_and_by_its_seed(subject: Subject, rows: 
     first = sample(0)
     assert sample(0) == first
     assert [run["usage"] for run in sample(1)["runs"][1:]] != [run["usage"] for run in first["runs"][1:]]
-    assert first["settings"]["sampling"] == {"temperature": 1.5, "top_p": 0.99, "seed": 0}
+    assert first["settings"]["sampling"] == {"temperature": 1.5, "top_p": 0.99, "top_k": None, "seed": 0}
 
 
 def test_answers_are_read_by_the_function_that_is_given(subject: Subject) -> None:

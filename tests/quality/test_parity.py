@@ -199,6 +199,23 @@ def test_another_model_of_the_same_shape_is_found(bundle: Bundle) -> None:
         check(bundle)
 
 
+def test_where_torch_rounds_more_than_the_tolerance_graphs_may_round_as_much(
+    get_model: GetModel, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    """Logits a thousand times as large: float32 has no more digits for them."""
+    config = json.loads((get_model("cohere").folder / "config.json").read_text())
+    folder = shutil.copytree(get_model("cohere").folder, tmp_path / "loud")
+    (folder / "config.json").write_text(json.dumps({**config, "logit_scale": 1000.0}))
+    source = TinyModel("loud", folder)
+    bundle = make_bundle(source, full_schedule(source.identity))
+    assert bundle.parity.tolerance > 1e-3
+    assert bundle.parity.onnx is not None
+    assert 1e-4 < bundle.parity.onnx <= bundle.parity.tolerance
+    rewrite_graphs(bundle, bundle.schedule, config={"logit_scale": 1000.1})
+    with pytest.raises(ParityError, match=GRAPHS):
+        check(bundle)
+
+
 # ---- scripts
 
 
