@@ -222,6 +222,28 @@ def test_a_training_says_how_it_goes_and_what_came_of_it(tmp_path: Path) -> None
     assert "healed by linear " in half.stdout
 
 
+def test_layers_leave_in_rounds(tmp_path: Path) -> None:
+    arguments = ("heal", "demo", "--dataset", "demo", "--num-samples", 12, "--responses", "dataset", "--device", "cpu",
+                 "-o", tmp_path / "out", "--quiet")  # fmt: skip
+    for options, message in (
+        ((), "Give --schedule, or --rounds and --keep"),
+        (("--schedule", "s.json", "--rounds", 2), "Give --schedule, or --rounds and --keep"),
+        (("--schedule", "s.json", "--keep", 0.5), "--keep goes with --rounds"),
+    ):
+        refused = invoke(*arguments, *options)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+    expect_error(*arguments, "--rounds", 2, message="rounds count layers")
+    healed = invoke(*arguments, "--rounds", 2, "--keep", 0.9, "--keep-decode", 0.8, "--protect", "0,11", "--json")
+    assert healed.exit_code == 0, healed.output
+    manifest = json.loads(healed.stdout)
+    assert [manifest["schedule"][phase].count("full") for phase in ("prefill", "decode")] == [11, 10]
+    assert manifest["schedule"]["origin"] == {
+        "criterion": "search-loss", "keep_prefill": 0.9, "keep_decode": 0.8, "phases": "split", "protected": "0,11",
+    }  # fmt: skip
+    assert len(manifest["healing"]["outcomes"]["linear"]["rounds"]) == 2
+
+
 # ---- choosing layers on the model
 
 FEW = ("--dataset", "yes-no", "--num-samples", 3, "--max-new-tokens", 4, "--device", "cpu", "--quiet")

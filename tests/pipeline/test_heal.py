@@ -23,6 +23,7 @@ from voidprune.errors import DatasetError, HealingError, MissingExtraError, Outp
 from voidprune.execution.manifest import Manifest, is_bundle, read_manifest
 from voidprune.healing.settings import DistillSettings, Parameters
 from voidprune.healing.training_data import prompt_hash
+from voidprune.healing.training_state import Measurement
 from voidprune.models.checkpoint import open_checkpoint, read_tensor
 from voidprune.models.pretrained import load_tokenizer
 from voidprune.pipeline import heal as heal_module
@@ -32,8 +33,10 @@ from voidprune.pipeline.export import export_model, own_schedule
 from voidprune.pipeline.generation import Style, encode_prompt, generate_texts, open_speaker
 from voidprune.pipeline.heal import Patient, Treatment, heal_model
 from voidprune.pipeline.models import demo_folder, open_model
+from voidprune.pipeline.rounds import Rounds
 from voidprune.pipeline.samples import Answering
 from voidprune.pipeline.tasks import task_rows
+from voidprune.planning.budgets import Budget
 from voidprune.schedule import LayerAction, Schedule, dropped_schedule, full_schedule
 
 A = LayerAction
@@ -322,6 +325,48 @@ def test_process_that_was_killed_ends_in_the_same_bytes(schedule: Schedule, tmp_
     distilled(schedule, tmp_path / "again" / "out", "linear", "distill")
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / "out" / path.name).read_bytes(), path.name
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_rounds_choose_on_what_was_healed_and_go_on_where_they_were_killed(schedule: Schedule, tmp_path: Path) -> None:
+    rounds = Rounds(Budget(0.75, 0.75, shared=True), 2)
+    whole, short = full_schedule(schedule.model), replace(SHORT, steps=4)
+    seen = []
+
+    def kill(measurement: Measurement) -> None:
+        seen.append(measurement.step)
+        if len(seen) == 3:  # the second round has begun
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        distilled(whole, tmp_path / "out", "linear", "distill", settings=short, rounds=rounds, report=kill)
+    assert {path.name for path in (tmp_path / "out.training").iterdir()} == {"round-1", "round-2"}
+    resumed = distilled(whole, tmp_path / "out", "linear", "distill", settings=short, rounds=rounds)
+    plain = distilled(whole, tmp_path / "plain" / "out", "linear", "distill", settings=short, rounds=rounds)
+    assert resumed == plain
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "plain"}
+    assert plain.healing is not None
+    assert plain.healing.has_helped
+    assert plain.healing.methods == ("linear", "distill")
+    first, second = plain.healing.outcomes["distill"]["rounds"]
+    assert (len(first["layers"]), len(second["layers"])) == (11, 9)  # 10.5 layers, rounded
+    assert set(second["layers"]) < set(first["layers"])
+    assert plain.kept_layers == tuple(second["layers"])
+    assert [done["layers"] for done in plain.healing.outcomes["linear"]["rounds"]] == [first["layers"]]
+
+
+def test_rounds_of_the_fit_alone_begin_with_the_weights_of_the_source(schedule: Schedule, tmp_path: Path) -> None:
+    """So that what they end with is the fit of the last schedule."""
+    found = distilled(
+        full_schedule(schedule.model), tmp_path / "rounds", "linear", rounds=Rounds(Budget(0.75, 0.75), 2)
+    )
+    alone = distilled(found.schedule, tmp_path / "alone", "linear")
+    assert found.files["model.safetensors"] == alone.files["model.safetensors"]
+    with pytest.raises(HealingError, match="the rounds leave nothing out"):
+        distilled(full_schedule(schedule.model), tmp_path / "out", "linear", rounds=Rounds(Budget(1.0, 1.0), 2))
 
 
 def test_several_processes_train_and_one_writes(schedule: Schedule, tmp_path: Path) -> None:

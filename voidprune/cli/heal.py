@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from voidprune.cli.options import (
+    Layers,
     device_option,
     dtype_option,
     json_option,
@@ -97,7 +98,24 @@ def training_settings(
 @click.command()
 @click.argument("model")
 @output_option("Folder")
-@click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), required=True, help="Made by plan.")
+@click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="Made by plan.")
+@click.option(
+    "--rounds",
+    "num_rounds",
+    type=click.IntRange(min=1),
+    help="In place of --schedule: leave out a few layers, heal, choose the next on the healed model. The training is a round's.",
+)
+@click.option("--keep", type=float, help="With --rounds: share of layers to run in each phase in the end, in (0, 1].")
+@click.option("--keep-prefill", type=float, help="The same, for prefill only.")
+@click.option("--keep-decode", type=float, help="The same, for decode only.")
+@click.option("--protect", type=Layers(), help="With --rounds: run these whole, whatever else goes.")
+@click.option(
+    "--phases",
+    type=click.Choice(["split", "shared"]),
+    default="split",
+    show_default=True,
+    help="With --rounds: one set of layers a phase, or one for both.",
+)
 @click.option(
     "--method",
     "methods",
@@ -126,7 +144,13 @@ def heal(
     *,
     model: str,
     output: Path,
-    schedule_file: Path,
+    schedule_file: Path | None,
+    num_rounds: int | None,
+    keep: float | None,
+    keep_prefill: float | None,
+    keep_decode: float | None,
+    protect: frozenset[int] | None,
+    phases: str,
     methods: tuple[str, ...],
     dataset: str | None,
     num_samples: int | None,
@@ -151,31 +175,45 @@ def heal(
     \b
       voidprune heal MODEL --schedule schedule.json -o healed --dataset prompts.jsonl
       voidprune heal MODEL --schedule schedule.json -o healed --method linear --method distill
+      voidprune heal MODEL --rounds 3 --keep 0.5 --phases shared -o healed --method distill
       voidprune export healed -o slim
     """
     from voidprune import artifacts
     from voidprune.execution.manifest import FILE
     from voidprune.pipeline.heal import heal_model
     from voidprune.pipeline.models import open_model
+    from voidprune.pipeline.rounds import Rounds
     from voidprune.pipeline.samples import Answering
     from voidprune.pipeline.tasks import find_rows
+    from voidprune.planning.budgets import Budget
     from voidprune.profiling.calibration import default_rows
-    from voidprune.schedule import read_schedule
+    from voidprune.schedule import full_schedule, read_schedule
     from voidprune.tables import manifest_table
 
+    if (schedule_file is None) == (num_rounds is None):
+        raise click.UsageError("Give --schedule, or --rounds and --keep.")
+    rounds_only = {"--keep": keep, "--keep-prefill": keep_prefill, "--keep-decode": keep_decode, "--protect": protect}
+    if num_rounds is None and (given := [name for name, value in rounds_only.items() if value is not None]):
+        raise click.UsageError(f"{given[0]} goes with --rounds; a schedule says all about the layers")
     methods = methods or ("linear",)
     settings = training_settings(context, methods=methods, **training)
     artifacts.check_output_folder(output, overwrite=overwrite, marker=FILE)
-    schedule = read_schedule(schedule_file)
+    rounds = None
+    if num_rounds is not None:
+        keeps = (keep if keep_prefill is None else keep_prefill, keep if keep_decode is None else keep_decode)
+        budget = Budget(*keeps, protected=protect or frozenset(), shared=phases == "shared")
+        rounds = Rounds(budget, num_rounds)
+    checkpoint = open_model(model)
     manifest = heal_model(
-        open_model(model),
-        schedule,
+        checkpoint,
+        full_schedule(checkpoint.identity) if schedule_file is None else read_schedule(schedule_file),
         output,
         default_rows()[:num_samples]
         if dataset is None
         else find_rows(dataset, num_items=num_samples, split="training"),
         methods=methods,
         distill_settings=settings,
+        rounds=rounds,
         answering=Answering(responses, max_new_tokens, max_length, batch_size),
         dtype=dtype,
         device=device,

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.pretrained import DTYPES, default_device, load_model
 from voidprune.models.tensors import precision_name
 from voidprune.pipeline.progress import Track, untracked
+from voidprune.pipeline.rounds import Rounds, prune_further
 from voidprune.pipeline.samples import Answering, prepare_samples
+from voidprune.planning.budgets import Budget
 from voidprune.profiling.calibration import Row, Sample, fingerprint_samples
 from voidprune.quality.evaluation import evaluate
 from voidprune.quality.parity import check_bundle
@@ -38,11 +40,13 @@ from voidprune.schedule import Schedule, full_schedule
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
+
 HELD_OUT = 0.1
 """Share of the samples that nothing is fitted to."""
 
 State = Mapping[str, Tensor]
-"""New values of tensors, by their names in the slim checkpoint."""
+"""New values of tensors, by their names in the whole checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +68,7 @@ class Patient:
     def load_whole(self) -> PreTrainedModel:
         """The whole model, with what was changed so far."""
         model = self.load_original()
-        apply_state(model, self.checkpoint, self.schedule, self.state)
+        load_weights(model, self.state)
         return model
 
     def load_original(self) -> PreTrainedModel:
@@ -84,37 +88,38 @@ def _fit(patient: Patient) -> Treatment:
     fitting, held_out = hold_out(patient.samples, share=HELD_OUT)
     with patient.track("fitting", patient.schedule.num_layers, "layers") as advance:
         fitted = fit_projections(
-            patient.load_whole(), patient.schedule, fitting, held_out, batch_size=patient.batch_size, advance=advance
+            patient.load_original(), patient.schedule, fitting, held_out, batch_size=patient.batch_size, advance=advance
         )
-    names, kept = patient.checkpoint.architecture.spec.tensors, patient.schedule.union
-    state = {}
-    for name, tensor in fitted.state.items():
-        place = names.layer_of(name)
-        assert place is not None
-        state[names.layer(kept.index(place[0]), place[1])] = tensor
-    return Treatment(state, {"held_out": HELD_OUT}, {"branches": [branch.to_document() for branch in fitted.branches]})
+    return Treatment(
+        fitted.state, {"held_out": HELD_OUT}, {"branches": [branch.to_document() for branch in fitted.branches]}
+    )
 
 
 def _teach(patient: Patient) -> Treatment:
     accelerator = open_accelerator(on_cpu=patient.device == "cpu")
-    samples = [list(patient.samples)]
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(samples)  # type: ignore[no-untyped-call]
     settings = replace(patient.distill_settings, held_out=HELD_OUT)
     student = _load_student(patient, accelerator)
     done = distill(
         patient.load_original(),
         student,
         patient.schedule,
-        samples[0],
+        _agree(accelerator, patient.samples),
         settings=settings,
         folder=patient.training,
         track=patient.track,
         report=patient.report,
     )
-    return Treatment(done.state, settings.to_document(), _outcome(done))
+    return Treatment(_in_whole(done.state, patient), settings.to_document(), _outcome(done))
+
+
+def _agree(accelerator: Accelerator | None, value: T) -> T:
+    """What the first process has, in all of them."""
+    values = [value]
+    if accelerator is not None and accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(values)  # type: ignore[no-untyped-call]
+    return values[0]
 
 
 def _load_student(patient: Patient, accelerator: Accelerator) -> PreTrainedModel:
@@ -130,7 +135,7 @@ def _load_student(patient: Patient, accelerator: Accelerator) -> PreTrainedModel
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder)
-    load_weights(student, patient.state)
+    load_weights(student, _in_slim(patient.state, patient))
     return student
 
 
@@ -160,6 +165,7 @@ def heal_model(
     *,
     methods: Sequence[str] = ("linear",),
     distill_settings: DistillSettings = DistillSettings(),  # noqa: B008  a frozen value
+    rounds: Rounds | None = None,
     answering: Answering = Answering(),  # noqa: B008  a frozen value
     dtype: str | None = None,
     device: str | None = None,
@@ -174,11 +180,15 @@ def heal_model(
 
     A training keeps its state in `<folder>.training` until the bundle stands: the same call takes it up again where it was killed.
     What is held out is the same for all methods, whatever `distill_settings` say, and `report` is told what a training measures.
+
+    With `rounds` the schedule is where they begin: each leaves out more, chosen on the model as the rounds before healed it, and
+    heals again, by the last method; `distill_settings` are those of a round.
+
     Started by the launcher of accelerate, all processes train, and the first does all else. Raises every VoidpruneError of the way.
     """
     artifacts.check_output_folder(folder, overwrite=overwrite, marker=manifests.FILE)
     schedule.check_model(checkpoint.identity, place="the schedule")
-    _check_healable(checkpoint, schedule, methods)
+    _check_healable(checkpoint, schedule, methods, rounds)
     device = device or default_device()
     dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
     accelerator = None
@@ -203,19 +213,31 @@ def heal_model(
         distill_settings,
         report,
     )
-    settings, outcomes = {}, {}
-    states: list[State] = [patient.state]
-    for method in methods:
-        treatment = METHODS[method](patient)
-        settings[method], outcomes[method] = treatment.settings, treatment.outcome
-        stored = {name: _rounded(tensor, checkpoint) for name, tensor in treatment.state.items()}
-        patient = replace(patient, state={**patient.state, **stored})
+    settings: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
+    states: list[State] = [{}]
+    if rounds is None:
+        for method in methods:
+            patient, settings[method], outcomes[method] = _treat(patient, method)
+            states.append(patient.state)
+    else:
+        for number, budget in enumerate(rounds.budgets, start=1):
+            pruned = _prune(patient, budget, training / f"round-{number}", accelerator)
+            if pruned.schedule.actions_equal(patient.schedule):  # more rounds than layers
+                continue
+            patient = pruned
+            for method in methods[-1:] if outcomes else methods:
+                patient, settings[method], outcome = _treat(patient, method)
+                done = outcomes.setdefault(method, {"rounds": []})["rounds"]
+                done.append({"layers": list(patient.schedule.union), **outcome})
+        if not outcomes:
+            raise HealingError("the rounds leave nothing out, so there is nothing to heal", hint="keep fewer layers")
         states.append(patient.state)
     if accelerator is not None and not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return manifests.read_manifest(folder)
     found, num_kept = _measure(patient, states, held_out)
-    state, kept = states[num_kept], methods[: num_kept or None]
+    state, kept = states[num_kept], methods if rounds is not None else methods[: num_kept or None]
     record = Healing(
         methods=tuple(kept),
         settings={method: settings[method] for method in kept},
@@ -229,22 +251,43 @@ def heal_model(
         """The folder gives what the whole model gives with the same weights changed, in the dtype of the folder."""
         with track("verifying", None, "steps"):
             source = load_model(checkpoint.folder, dtype=precision_name(checkpoint.dtype), device=device)
-            apply_state(source, checkpoint, schedule, state)
-            return check_bundle(stage, source=source, schedule=schedule)
+            load_weights(source, state)
+            return check_bundle(stage, source=source, schedule=patient.schedule)
 
     manifest = export_bundle(
         checkpoint,
-        schedule,
+        patient.schedule,
         folder,
         verify=verify,
         formats=("hf",),
         overwrite=overwrite,
-        healed=Healed({name: tensor.float().numpy() for name, tensor in state.items()}, record),
+        healed=Healed({name: tensor.float().numpy() for name, tensor in _in_slim(state, patient).items()}, record),
     )
     shutil.rmtree(training, ignore_errors=True)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return manifest
+
+
+def _treat(patient: Patient, method: str) -> tuple[Patient, Mapping[str, Any], Mapping[str, Any]]:
+    """The patient afterwards, the settings, and what came of it. The fit always begins with the weights of the source."""
+    if method == "linear":
+        patient = replace(patient, state={})
+    treatment = METHODS[method](patient)
+    stored = {name: _rounded(tensor, patient.checkpoint) for name, tensor in treatment.state.items()}
+    return replace(patient, state={**patient.state, **stored}), treatment.settings, treatment.outcome
+
+
+def _prune(patient: Patient, budget: Budget, training: Path, accelerator: Accelerator | None) -> Patient:
+    """The patient under a schedule that leaves out more, chosen by what raises the loss of the healed model least."""
+    fitting, _ = hold_out(patient.samples, share=HELD_OUT)
+    schedule = prune_further(
+        patient.load_whole(), patient.schedule, fitting, budget, batch_size=patient.batch_size, track=patient.track
+    )
+    prefill, decode = _agree(accelerator, (schedule.prefill, schedule.decode))
+    origin = {"criterion": "search-loss", **budget.to_origin()}
+    schedule = replace(schedule, prefill=prefill, decode=decode, origin=origin)
+    return replace(patient, schedule=schedule, training=training)
 
 
 def _open_processes(device: str, dtype: str, settings: DistillSettings) -> Accelerator:
@@ -262,8 +305,10 @@ def _open_processes(device: str, dtype: str, settings: DistillSettings) -> Accel
     return accelerator
 
 
-def _check_healable(checkpoint: Checkpoint, schedule: Schedule, methods: Sequence[str]) -> None:
-    if schedule.is_full:
+def _check_healable(checkpoint: Checkpoint, schedule: Schedule, methods: Sequence[str], rounds: Rounds | None) -> None:
+    if rounds is not None:
+        rounds.budget.check_layers(schedule.num_layers)
+    elif schedule.is_full:
         raise HealingError("the schedule leaves nothing out, so there is nothing to heal", hint="plan one that does")
     if manifests.is_bundle(checkpoint.folder):
         raise HealingError(
@@ -283,15 +328,22 @@ def _check_healable(checkpoint: Checkpoint, schedule: Schedule, methods: Sequenc
         check_foldable(checkpoint)
 
 
-def apply_state(model: PreTrainedModel, checkpoint: Checkpoint, schedule: Schedule, state: State) -> None:
-    """Give the whole model the weights that were changed in the slim one."""
-    names = checkpoint.architecture.spec.tensors
-    places = {name: names.layer_of(name) for name in state}
-    whole = {
-        name if place is None else names.layer(schedule.union[place[0]], place[1]): state[name]
-        for name, place in places.items()
+def _in_whole(state: State, patient: Patient) -> State:
+    """Tensors of the slim checkpoint, by their names in the whole one."""
+    names, kept = patient.checkpoint.architecture.spec.tensors, patient.schedule.union
+    places = ((name, names.layer_of(name)) for name in state)
+    return {name if at is None else names.layer(kept[at[0]], at[1]): state[name] for name, at in places}
+
+
+def _in_slim(state: State, patient: Patient) -> State:
+    """The reverse. Layers that the slim checkpoint does not have are left out."""
+    names, kept = patient.checkpoint.architecture.spec.tensors, patient.schedule.union
+    places = ((name, names.layer_of(name)) for name in state)
+    return {
+        name if at is None else names.layer(kept.index(at[0]), at[1]): state[name]
+        for name, at in places
+        if at is None or at[0] in kept
     }
-    load_weights(model, whole)
 
 
 def _rounded(tensor: Tensor, checkpoint: Checkpoint) -> Tensor:
@@ -316,7 +368,7 @@ def _measure(patient: Patient, states: Sequence[State], held_out: Sequence[Sampl
         model = patient.load_original()
         whole = loss(model, full_schedule(patient.schedule.model, boundary=patient.schedule.boundary))
         for state in states:
-            apply_state(model, patient.checkpoint, patient.schedule, state)
+            load_weights(model, state)
             losses.append(loss(model, patient.schedule))
     num_tokens = sum(len(sample.response or ()) for sample in questions)
     return HeldOutLoss(len(questions), num_tokens, whole, losses[0], min(losses)), losses.index(min(losses))
