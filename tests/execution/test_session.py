@@ -293,6 +293,20 @@ def test_threads_are_set_before_the_first_session(copy: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("token", [-1, 101])
+def test_tokens_that_the_model_has_not(llama: TinyModel, make_bundle: MakeBundle, token: int) -> None:
+    bundle = make_bundle(llama, mixed(llama))
+    message = f"there is no token {token}: the vocabulary of the model has 101"
+    conversation = bundle.session.start(max_positions=8)
+    with pytest.raises(ModelError, match=message):
+        conversation.prefill([[5, token, 6]])
+    assert conversation.tokens == [[]]
+    with pytest.raises(ModelError, match=message):
+        bundle.session.score([[5, 6]], [[7, token]])
+    with scheduled(llama.model, bundle.schedule) as running, pytest.raises(ModelError, match=message):
+        running.generate([[5, token, 6]], max_new_tokens=2)
+
+
 def test_missing_description(copy: Path) -> None:
     (copy / "voidprune.json").unlink()
     with pytest.raises(ModelError, match=r"is not a bundle: it holds no voidprune\.json"):

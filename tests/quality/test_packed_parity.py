@@ -108,6 +108,13 @@ def test_random_schedules_and_bits_equal_reference(llama: TinyModel, data: st.Da
         assert_equal_to_reference(export_packed(llama, schedule, Path(folder) / "out", packing))
 
 
+def test_a_packed_table_is_not_read_past_its_end(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    export_packed(llama, schedule, tmp_path / "out", packing_of(schedule, "int4"))
+    with pytest.raises(ModelError, match="there is no token 101"):
+        BundleSession(tmp_path / "out").generate([[5, 101]], max_new_tokens=1)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma", "stablelm"])
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_rounded_activations_stay_within_what_rounding_changes(

@@ -106,6 +106,16 @@ class Responses:
             self.endings[row] = ending
 
 
+def check_vocabulary(tokens: Array, vocab_size: int) -> None:
+    """Raise ModelError for a token that the embedding has no row for: runtimes read past its end, or count from it."""
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        strange = tokens.max() if tokens.max() >= vocab_size else tokens.min()
+        raise ModelError(
+            f"there is no token {strange}: the vocabulary of the model has {vocab_size}",
+            hint="give the tokenizer that belongs to the model, and no tokens that were added to it alone",
+        )
+
+
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences have in common from their start."""
     for position, (first, second) in enumerate(zip(one, other, strict=False)):

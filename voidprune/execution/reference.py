@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from voidprune.execution.generation import check_vocabulary
 from voidprune.models.architecture import ModulePaths
 from voidprune.models.families import find_family
 from voidprune.models.pretrained import generate_greedily
@@ -106,8 +107,9 @@ class ScheduledModel:
         """Logits, [B, T, V] (or [B, 1, V] of the last token), of one pass in which every token runs the actions of its phase.
 
         `attention_mask_BS` is 0 for padding, on either side; positions count its ones. `cache` is read and extended. With
-        `num_logits`, the head runs on that many last tokens only.
+        `num_logits`, the head runs on that many last tokens only. Raises ModelError for a token that the model has not.
         """
+        check_vocabulary(input_ids_BT.cpu().numpy(), self.vocab_size)
         with torch.inference_mode():
             return self.differentiable(
                 input_ids_BT,

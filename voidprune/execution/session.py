@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime as ort
 
 from voidprune.errors import ContextLengthError, ModelError, RuntimeProviderError
-from voidprune.execution.generation import Responses
+from voidprune.execution.generation import Responses, check_vocabulary
 from voidprune.execution.integrity import check_files
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.providers import open_sessions
@@ -133,6 +133,7 @@ class BundleSession:
 
     def _response_logits(self, prompt: Sequence[int], response: Sequence[int]) -> Iterator[tuple[Sequence[int], Array]]:
         """Pieces of a response, and the logits [T, V] where their tokens are due; at most LOGIT_VALUES logits a piece."""
+        check_vocabulary(np.array(response, np.int64), self.vocab_size)
         conversation = self.start(max_positions=len(prompt) + len(response) - 1)  # the last token is never fed
         yield response[:1], conversation.prefill([prompt])
         size = max(1, LOGIT_VALUES // self.vocab_size)
@@ -174,7 +175,8 @@ class Conversation:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Process one prompt a row, behind what is there already. Returns the logits of the last tokens, [B, V].
 
-        Raises ContextLengthError, and ModelError for an empty prompt or a second turn under a single-turn schedule.
+        Raises ContextLengthError, and ModelError for an empty prompt, a token that the model has not, or a second turn under a
+        single-turn schedule.
         """
         if not all(prompts):
             raise ModelError("a prompt has no tokens", hint="give at least one token")
@@ -202,7 +204,7 @@ class Conversation:
         return logits_BTV[:, -1]
 
     def decode(self, tokens_BT: Array) -> Array:
-        """Process T generated tokens a row. Returns the logits after each, [B, T, V]. Raises ContextLengthError."""
+        """Process T generated tokens a row. Returns the logits after each, [B, T, V]. Raises ContextLengthError, ModelError."""
         if tokens_BT.shape[1] == 1 or len(self.tokens) == 1:
             return self._run(Phase.DECODE, tokens_BT, slice(0, len(tokens_BT)))
         rows = [self._run(Phase.DECODE, tokens_BT[row : row + 1], slice(row, row + 1)) for row in range(len(tokens_BT))]
@@ -216,6 +218,7 @@ class Conversation:
                 f"{max(lengths)} tokens do not fit into K/V buffers of {self.max_positions} positions",
                 hint="start the conversation with more positions",
             )
+        check_vocabulary(tokens_BT, self.session.vocab_size)
         mask_BS = (np.arange(max(lengths)) < np.array(lengths)[:, np.newaxis]).astype(np.int64)
         num_logits = 1 if self.session.last_only[phase] else num_tokens
         logits = np.empty((num_rows, num_logits, self.session.vocab_size), self.session.dtype)
