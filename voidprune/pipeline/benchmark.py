@@ -65,9 +65,10 @@ def benchmark_bundle(
 
 
 def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned: Manifest, *, provider: str) -> None:
-    """The whole model in the precision of a pruned one. Of mixed bits, layers that were dropped get those of the head."""
+    """The whole model in the precision and operators of a pruned one. Of mixed bits, dropped layers get those of the head."""
     if pruned.quantization is None:
-        export_model(whole, schedule, folder, precision=precision_name(pruned.dtype), provider=provider)
+        precision = precision_name(pruned.dtype)
+        export_model(whole, schedule, folder, precision=precision, operators=pruned.operators, provider=provider)
         return
     packed = pruned.quantization
     known = dict(zip(pruned.kept_layers, packed.layer_bits, strict=True))
@@ -79,7 +80,15 @@ def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned
         zero_points=packed.zero_points,
         activations=packed.activations,
     )
-    export_model(whole, schedule, folder, formats=("onnx",), packing=packing, provider=provider)
+    export_model(
+        whole,
+        schedule,
+        folder,
+        formats=("onnx",),
+        packing=packing,
+        operators=pruned.operators,
+        provider=provider,
+    )
 
 
 def _check_baseline(baseline: Manifest, pruned: Manifest, *, place: str) -> None:
