@@ -209,8 +209,16 @@ def test_schedule_goes_with_samples_only_to_measure_packing(tmp_path: Path) -> N
     assert "does not go with --dataset" in result.output
 
 
-def test_packed_matrices_are_for_graphs(tmp_path: Path) -> None:
-    expect_error(
-        "export", "demo", "-o", tmp_path / "out", "--keep-layers", "0-11", "--precision", "int8", "--format", "hf", "--quiet",
-        message="int8 is a precision of ONNX graphs",
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--precision", "int8", "--format", "hf"), "int8 is a precision of ONNX graphs"),
+        (("--precision", "int8", "--ops", "standard"), "take the zero points of packed matrices from the file"),
+        (("--precision", "bf16", "--provider", "cpu"), "would be in bf16, for which onnxruntime has no kernels"),
+    ],
+)
+def test_graphs_that_cannot_be_are_refused_before_anything_is_planned(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    result = expect_error("export", "demo", "-o", tmp_path / "out", "--keep", 0.5, *options, message=message)
+    assert result.stdout == ""

@@ -26,7 +26,7 @@ from voidprune.execution.manifest import FILE, Manifest, read_manifest
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
 from voidprune.export.hf_checkpoint import write_slim_files
-from voidprune.export.onnx_graph import author_decode, author_prefill, round_activations, save_graph
+from voidprune.export.onnx_graph import author_decode, round_activations, save_graph
 from voidprune.export.quantize import LayerBits, Packing, uniform_packing, write_packed
 from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint
 from voidprune.models.packed import packed_file
@@ -45,6 +45,7 @@ def export_packed(
     packing: Packing,
     *,
     formats: Collection[str] = ("onnx",),
+    operators: str = "ort",
     **memory: int,
 ) -> Manifest:
     return export_bundle(
@@ -53,6 +54,7 @@ def export_packed(
         folder,
         verify=lambda stage: verify_bundle(stage, source=source.checkpoint, schedule=schedule, **memory),
         formats=formats,
+        operators=operators,
         packing=packing,
     )
 
@@ -307,14 +309,11 @@ def feeds_of(model: onnx_ir.Model) -> dict[str, Any]:
 
 
 def test_standard_operators_need_zero_points(llama: TinyModel, tmp_path: Path) -> None:
-    write_slim_files(llama.checkpoint, range(NUM_LAYERS), tmp_path)
-    write_packed(
-        llama.checkpoint, range(NUM_LAYERS), tmp_path / packed_file("int8"), uniform_packing("int8", NUM_LAYERS)
-    )
-    packed = open_checkpoint(tmp_path)
+    schedule = full_schedule(llama.identity)
     with pytest.raises(ModelError, match="take the zero points of packed matrices from the file") as caught:
-        author_prefill(packed, full_schedule(packed.identity), operators="standard")
+        export_packed(llama, schedule, tmp_path / "out", packing_of(schedule, "int8"), operators="standard")
     assert "--zero-points" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
 
 
 def test_rounding_is_an_attribute_of_products_alone(llama: TinyModel, bundle: Path) -> None:

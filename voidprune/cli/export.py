@@ -127,7 +127,7 @@ def export(
     from voidprune.models.checkpoint import PRECISIONS
     from voidprune.models.packed import PACKED_PRECISIONS
     from voidprune.models.sizes import measure_sizes
-    from voidprune.pipeline.export import default_formats, export_model, own_schedule
+    from voidprune.pipeline.export import check_graphs, default_formats, export_model, own_schedule
     from voidprune.pipeline.models import open_kept_layers, open_model
     from voidprune.pipeline.plan import Planned, plan_from_model
     from voidprune.profiling.profile import read_profile
@@ -166,6 +166,13 @@ def export(
     request = None if own or schedule_file is not None else plan_request(seed=seed, **options)
     runs_model = request is not None and request.runs_model(has_profile=profile_file is not None)
     checkpoint = open_model(model) if runs_model else open_kept_layers(model)
+    note = None
+    if not formats:
+        formats, note = default_formats(checkpoint)
+    if target is not None:
+        check_graphs(
+            checkpoint, formats=formats, precision=precision, operators=operators, packing=packing, provider=provider
+        )
     sizes = measure_sizes(checkpoint, dtype=PRECISIONS.get(precision))
     if request is None:
         schedule = own_schedule(checkpoint) if schedule_file is None else read_schedule(schedule_file)
@@ -188,10 +195,8 @@ def export(
         print_plan(planned, as_json=as_json)
     if target is None:
         return
-    if not formats:
-        formats, note = default_formats(checkpoint)
-        if note is not None:
-            click.echo(note, err=True)
+    if note is not None:
+        click.echo(note, err=True)
     accept = gate_export(
         checkpoint, min_scores, max_ppl_ratio, eval_tasks, provider=provider, as_json=as_json, quiet=quiet
     )

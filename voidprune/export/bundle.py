@@ -99,11 +99,8 @@ def export_bundle(
     if layout == "single":
         check_single_graph(schedule)
     card = read_card(source.folder / "README.md")
-    if packing is not None and "onnx" not in formats:
-        raise ModelError(
-            f"{packing.precision} is a precision of ONNX graphs; transformers does not read it",
-            hint="add --format onnx, or choose --precision keep, fp32, fp16 or bf16",
-        )
+    if packing is not None:
+        check_packing(packing.precision, zero_points=packing.zero_points, formats=formats, operators=operators)
     if "onnx" in formats:
         describe_graph_architecture(source.config, source.architecture.spec)  # refused before anything is written
     if source.folder.resolve().is_relative_to(folder.resolve()):
@@ -202,6 +199,20 @@ def _check_dtypes(source: Checkpoint, precision: str, packing: Packing | None) -
         raise CheckpointError(
             f"the matrices of {source.name} are of several dtypes: {', '.join(sorted(matrices))}",
             hint="choose one with --precision",
+        )
+
+
+def check_packing(precision: str, *, zero_points: bool, formats: Collection[str], operators: str) -> None:
+    """Raise ModelError where nothing that is written could read packed matrices."""
+    if "onnx" not in formats:
+        raise ModelError(
+            f"{precision} is a precision of ONNX graphs; transformers does not read it",
+            hint="add --format onnx, or choose --precision keep, fp32, fp16 or bf16",
+        )
+    if operators == "standard" and not zero_points:
+        raise ModelError(
+            "the standard's operators take the zero points of packed matrices from the file, and it has none",
+            hint="export with --zero-points, or with --ops ort",
         )
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from voidprune.errors import ModelError
+from voidprune.errors import ModelError, RuntimeProviderError
 from voidprune.execution.manifest import Manifest, Parity, is_bundle, read_manifest
-from voidprune.export.bundle import FORMATS, export_bundle
+from voidprune.export.bundle import FORMATS, check_packing, export_bundle
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, slim_bytes, slim_tensors
 from voidprune.export.quantize import Packing, packed_bytes
-from voidprune.models.checkpoint import Checkpoint
+from voidprune.models.checkpoint import PRECISIONS, Checkpoint
 from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.pretrained import check_quantized_runs
 from voidprune.models.tensors import fetch_tensors, missing_bytes
@@ -66,12 +66,15 @@ def export_model(
     """
     provider = provider or default_provider()
     schedule.check_model(checkpoint.identity, place="the schedule")
+    formats = tuple(formats)
+    check_graphs(
+        checkpoint, formats=formats, precision=precision, operators=operators, packing=packing, provider=provider
+    )
     _check_verifiable(checkpoint, unverified=unverified)
     needed = slim_tensors(checkpoint, schedule.union)
     if missing := missing_bytes(needed):
         with track("fetching", missing, "bytes") as advance:
             fetch_tensors(needed, advance=advance)
-    formats = tuple(formats)
     chosen, samples = None, list[Sample]()
     if isinstance(packing, Packing):
         chosen = packing
@@ -112,6 +115,32 @@ def export_model(
             overwrite=overwrite,
             advance=advance,
             made_of=_own_manifest(checkpoint, schedule),
+        )
+
+
+def check_graphs(
+    checkpoint: Checkpoint,
+    *,
+    formats: Collection[str],
+    precision: str,
+    operators: str,
+    packing: PackingRequest | Packing | None,
+    provider: str | None = None,
+) -> None:
+    """Refuse, before layers are chosen or anything is copied, graphs that could not be written or not be run.
+
+    Raises ModelError; RuntimeProviderError for bf16 on the CPU.
+    """
+    if packing is not None:
+        check_packing(packing.precision, zero_points=packing.zero_points, formats=formats, operators=operators)
+    if "onnx" not in formats:
+        return
+    describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)
+    dtype = PRECISIONS.get(precision, checkpoint.dtype)
+    if dtype == "BF16" and packing is None and (provider or default_provider()) == "cpu":
+        raise RuntimeProviderError(
+            f"the graphs of {checkpoint.name} would be in bf16, for which onnxruntime has no kernels on the CPU",
+            hint="export with --precision fp32, or use --provider cuda or --format hf",
         )
 
 
