@@ -316,6 +316,17 @@ def test_standard_operators_need_zero_points(llama: TinyModel, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_standard_operators_round_no_activations(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    packing = packing_of(schedule, "int8", zero_points=True)
+    assert packing.activations == "int8"
+    manifest = export_packed(llama, schedule, tmp_path / "out", packing, operators="standard")
+    assert manifest.is_exact
+    assert_equal_to_reference(manifest)
+    assert manifest.parity is not None
+    assert manifest.parity.rounded is None
+
+
 def test_rounding_is_an_attribute_of_products_alone(llama: TinyModel, bundle: Path) -> None:
     packed = open_checkpoint(bundle)
     model = author_decode(packed, full_schedule(packed.identity))

@@ -91,7 +91,8 @@ def export_bundle(
     `operators.OPERATOR_SETS`); `advance` is told the bytes of tensors written.
 
     With `packing`, the graphs read a file of packed matrices that both share, and the checkpoint is written only where `formats`
-    ask for it; `measure` gets the staged folder once it is verified, and says what packing changed.
+    ask for it; operators of the standard multiply exactly, whatever `packing.activations` says. `measure` gets the staged folder
+    once it is verified, and says what packing changed.
     Raises ScheduleError, ModelError, CheckpointError, OutputError.
     """
     schedule.check_model(source.identity, place="the schedule")
@@ -115,6 +116,8 @@ def export_bundle(
         else:
             write_slim_files(source, schedule.union, stage, precision=precision)
         if packing is not None:
+            if operators == "standard":  # has no product that rounds
+                packing = replace(packing, activations="fp32")
             quantization = _pack(source, schedule.union, stage, packing, advance=advance)
         slim = open_checkpoint(stage, name=folder.name)
         if healed is not None:
