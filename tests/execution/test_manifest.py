@@ -19,6 +19,7 @@ from voidprune.errors import ArtifactError, ModelError, ScheduleError
 from voidprune.execution.manifest import (
     FILE,
     KIND,
+    OPERATORS,
     VERSION,
     Graph,
     Healing,
@@ -30,6 +31,7 @@ from voidprune.execution.manifest import (
     read_manifest,
 )
 from voidprune.export.onnx_graph import graph_slots
+from voidprune.export.operators import OPERATOR_SETS
 from voidprune.schedule import Phase
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundle.json"
@@ -76,6 +78,10 @@ def test_round_trip(schedule: Any, with_graphs: bool, verified: bool) -> None:
     assert Manifest.from_document(document, place="here") == manifest
 
 
+def test_operators_are_those_that_graphs_are_written_in() -> None:
+    assert set(OPERATORS) == set(OPERATOR_SETS)
+
+
 def test_folder_that_is_no_bundle(tmp_path: Path) -> None:
     assert not is_bundle(tmp_path)
     with pytest.raises(ModelError, match=r"is not a bundle: it holds no voidprune\.json") as caught:
@@ -116,6 +122,10 @@ def remove(key: str) -> Callable[[dict[str, Any]], None]:
         (change("parity", value={"hf": 0.0}), "here is broken"),
         (change("parity", value=[]), "here is broken"),
         (change("files", value=3), "here is broken"),
+        (change("files", "../x", value="sha256:00"), r"\.\./x lies outside of its folder"),
+        (change("sizes", "/x.safetensors", value=1), r"/x\.safetensors lies outside of its folder"),
+        (change("operators", value="other"), "operators is 'other'"),
+        (change("operators", value=["ort"]), "here is broken: operators is"),
         (change("sizes", value="big"), "here is broken"),
         (change("schedule", "colour", value=1), "here: schedule has unknown keys: colour"),
         (change("schedule", "boundary", value="x"), "here: schedule: boundary is 'x'"),

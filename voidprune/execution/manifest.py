@@ -17,6 +17,7 @@ from voidprune.schedule import Phase, Schedule
 FILE = "voidprune.json"
 KIND, VERSION = "bundle", 1
 ACTIVATIONS = ("int8", "fp32")
+OPERATORS = ("ort", "standard")
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,11 @@ class Manifest:
             raise ValueError("there is one graph, not one for each phase")
         if self.dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}")
+        if self.operators not in OPERATORS:
+            raise ValueError(f"operators is {self.operators!r}")
+        for name in (*self.files, *self.sizes):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name} lies outside of its folder")
         if self.quantization is not None:
             if self.quantization.file not in self.sizes:
                 raise ValueError(f"{self.quantization.file} is not among its files")
@@ -277,7 +283,6 @@ class Manifest:
             ("source_bytes", self.source_bytes, int),
             ("weights_header", self.weights_header, str),
             ("written_by", self.written_by, str),
-            ("operators", self.operators, str),
             *((f"files.{name}", value, str) for name, value in self.files.items()),
             *((f"sizes.{name}", value, int) for name, value in self.sizes.items()),
         ):
