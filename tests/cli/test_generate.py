@@ -93,6 +93,8 @@ def test_the_context_is_a_limit_before_anything_runs(folder: Path) -> None:
         (["--prompt", "x", "--context", "9"], "--context goes with --chat"),
         (["--prompt", "x", "--stop", ""], "an empty text ends everything"),
         (["--prompt", "x", "--temperature", "0"], "--temperature"),
+        (["--prompt", "x", "--temperature", "nan"], "a temperature of nan is no number above 0"),
+        (["--prompt", "x", "--temperature", "inf"], "a temperature of inf is no number above 0"),
         (["--prompt", "x", "--top-p", "1.5"], "--top-p"),
     ],
 )

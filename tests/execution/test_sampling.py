@@ -25,6 +25,12 @@ def test_temperature_sharpens() -> None:
     assert draws(Sampling(0.5)) == pytest.approx((squared / squared.sum()).tolist(), abs=0.03)
 
 
+def test_next_to_zero_a_temperature_leaves_the_likeliest_alone() -> None:
+    for logits in (LOGITS, LOGITS + 500, LOGITS - 500):
+        scores = draw_scores(logits, Sampling(1e-308, 0.9, top_k=3), [row_dice(0, "tokens", [1])])
+        assert np.isfinite(scores).tolist() == [[False, True, False, False]]
+
+
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.4, {1}), (0.6, {1, 3}), (0.85, {1, 2, 3}), (0.96, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})]
 )

@@ -89,7 +89,10 @@ def generate(
 
     sampling = None
     if (temperature, top_k, top_p) != (None, None, None):
-        sampling = Sampling(temperature or 1.0, top_p or 1.0, seed, top_k)
+        try:
+            sampling = Sampling(temperature or 1.0, top_p or 1.0, seed, top_k)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
     if any(not text for text in stop):
         raise click.BadParameter("an empty text ends everything", param_hint="'--stop'")
     style = Style(max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)

@@ -54,8 +54,8 @@ def draw_scores(logits_BV: Floats, sampling: Sampling, dice: Sequence[np.random.
     The tokens that are cut have -inf. Top-p as in the published code of arXiv 2505.14467 (github manishemirani/
     void_in_language_models, generation.py): the token that crosses the border stays.
     """
-    scaled_BV = logits_BV / sampling.temperature
-    scaled_BV = scaled_BV - scaled_BV.max(-1, keepdims=True)
+    with np.errstate(over="ignore"):  # next to 0, a temperature leaves the likeliest token alone
+        scaled_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
     noise_BV = np.stack([generator.gumbel(size=logits_BV.shape[-1]) for generator in dice])
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         scaled_BV = _keep_top_k(scaled_BV, sampling.top_k)
