@@ -209,6 +209,26 @@ def test_schedule_goes_with_samples_only_to_measure_packing(tmp_path: Path) -> N
     assert "does not go with --dataset" in result.output
 
 
+def test_samples_to_measure_packing_leave_a_bundle_its_schedule(tmp_path: Path) -> None:
+    options = ("--format", "onnx", "--provider", "cpu", "--quiet")
+    dropped = invoke("export", "demo", "-o", tmp_path / "slim", "--drop-layers", "7", "--format", "hf", "--quiet")
+    assert dropped.exit_code == 0, dropped.output
+    packed = invoke(
+        "export", tmp_path / "slim", "-o", tmp_path / "packed", "--precision", "int8", "--num-samples", 2,
+        "--max-new-tokens", 4, *options,
+    )  # fmt: skip
+    assert packed.exit_code == 0, packed.output
+    slim, manifest = read_manifest(tmp_path / "slim"), read_manifest(tmp_path / "packed")
+    assert manifest.schedule == slim.schedule
+    assert manifest.quantization is not None
+    assert manifest.quantization.fidelity is not None
+    assert manifest.quantization.fidelity.num_tokens <= 8
+    expect_error(
+        "export", tmp_path / "slim", "-o", tmp_path / "out", "--num-samples", 2, *options,
+        message="nothing says how small the schedule is to be",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -139,10 +139,9 @@ def export(
         artifacts.check_output_folder(target, overwrite=overwrite, marker=FILE)
     packed = precision in PACKED_PRECISIONS
     check_packing_options(context, precision)
+    planning = [name for name in options if not (packed and name in SAMPLE_OPTIONS)]
     if schedule_file is not None:
-        for name in (*options, "profile_file"):
-            if packed and name in SAMPLE_OPTIONS:
-                continue
+        for name in (*planning, "profile_file"):
             if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
                 option = "--" + name.removesuffix("_file").replace("_", "-")
                 raise click.UsageError(f"--schedule says all about the layers; it does not go with {option}")
@@ -160,7 +159,7 @@ def export(
         precision = "keep"
     says_nothing = all(
         context.get_parameter_source(name) is ParameterSource.DEFAULT
-        for name in (*options, "schedule_file", "profile_file")
+        for name in (*planning, "schedule_file", "profile_file")
     )
     own = says_nothing and is_bundle(Path(model))
     request = None if own or schedule_file is not None else plan_request(seed=seed, **options)
