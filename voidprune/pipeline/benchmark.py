@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -65,10 +66,13 @@ def benchmark_bundle(
 
 
 def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned: Manifest, *, provider: str) -> None:
-    """The whole model in the precision and operators of a pruned one. Of mixed bits, dropped layers get those of the head."""
+    """The whole model, exported as a pruned one was. Of mixed bits, dropped layers get those of the head."""
+    layout = "single" if len({graph.file for graph in pruned.graphs.values()}) == 1 else "pair"
+    export = functools.partial(
+        export_model, whole, schedule, folder, layout=layout, operators=pruned.operators, provider=provider
+    )
     if pruned.quantization is None:
-        precision = precision_name(pruned.dtype)
-        export_model(whole, schedule, folder, precision=precision, operators=pruned.operators, provider=provider)
+        export(precision=precision_name(pruned.dtype))
         return
     packed = pruned.quantization
     known = dict(zip(pruned.kept_layers, packed.layer_bits, strict=True))
@@ -80,15 +84,7 @@ def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned
         zero_points=packed.zero_points,
         activations=packed.activations,
     )
-    export_model(
-        whole,
-        schedule,
-        folder,
-        formats=("onnx",),
-        packing=packing,
-        operators=pruned.operators,
-        provider=provider,
-    )
+    export(formats=("onnx",), packing=packing)
 
 
 def _check_baseline(baseline: Manifest, pruned: Manifest, *, place: str) -> None:
