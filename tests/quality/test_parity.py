@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from tests.conftest import Bundle, MakeBundle
+from tests.conftest import Bundle, GetModel, MakeBundle
 from tests.tiny_models import NUM_LAYERS, TRANSFORMERS, TinyModel, spell_for_transformers_4
 from voidprune.artifacts import file_hash
 from voidprune.errors import ParityError
