@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import GetModel
 from tests.test_cli import expect_error, invoke
 from tests.tiny_models import TinyModel
 from voidprune.errors import BudgetError, ModelError
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.reference import scheduled
-from voidprune.export.quantize import LayerBits, average_bits, restore_rows
+from voidprune.export.quantize import LayerBits, average_bits, packed_bytes, restore_rows
 from voidprune.models.packed import BlockFormat
 from voidprune.models.pretrained import load_model
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.models import open_model
-from voidprune.pipeline.precision import PackingRequest, allocate_bits, measure_harm
+from voidprune.pipeline.precision import PackingRequest, allocate_bits, measure_harm, measure_packed_sizes
 from voidprune.profiling.calibration import Sample
 from voidprune.schedule import LayerAction, Schedule, dropped_schedule, full_schedule, write_schedule
 
@@ -242,3 +244,30 @@ def test_graphs_that_cannot_be_are_refused_before_anything_is_planned(
 ) -> None:
     result = expect_error("export", "demo", "-o", tmp_path / "out", "--keep", 0.5, *options, message=message)
     assert result.stdout == ""
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-small-heads", "phi3", "qwen2", "starcoder2"])
+@pytest.mark.parametrize("settings", [{}, {"block_size": 128}, {"zero_points": True}])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_sizes_are_those_of_the_file_that_graphs_read(
+    get_model: GetModel, name: str, precision: str, settings: dict[str, Any]
+) -> None:
+    source = get_model(name).checkpoint
+    request = PackingRequest(precision, **settings)
+    sizes = measure_packed_sizes(source, request)
+    layers = range(source.architecture.num_layers)
+    assert sizes.total_bytes == packed_bytes(source, layers, request.uniform(len(layers)))
+
+
+def test_sizes_of_mixed_bits_lie_between(get_model: GetModel) -> None:
+    source = get_model("llama").checkpoint
+    few, mixed, many = (
+        measure_packed_sizes(source, PackingRequest(precision, average_bits=5.0))
+        for precision in ("int4", "mixed", "int8")
+    )
+    assert few.layers[0].mlp_bytes < mixed.layers[0].mlp_bytes < many.layers[0].mlp_bytes
+    assert mixed.head_bytes == many.head_bytes
+    assert mixed.kv_bytes_per_token == few.kv_bytes_per_token == many.kv_bytes_per_token

@@ -172,7 +172,12 @@ def export(
         check_graphs(
             checkpoint, formats=formats, precision=precision, operators=operators, packing=packing, provider=provider
         )
-    sizes = measure_sizes(checkpoint, dtype=PRECISIONS.get(precision))
+    if packing is None:
+        sizes = measure_sizes(checkpoint, dtype=PRECISIONS.get(precision))
+    else:
+        from voidprune.pipeline.precision import measure_packed_sizes
+
+        sizes = measure_packed_sizes(checkpoint, packing)
     if request is None:
         schedule = own_schedule(checkpoint) if schedule_file is None else read_schedule(schedule_file)
         assert schedule is not None

@@ -20,7 +20,7 @@ from voidprune.errors import CheckpointError
 from voidprune.models.checkpoint import Checkpoint, TensorRecord, layer_tensor_groups
 from voidprune.models.copying import encode_entries
 from voidprune.models.packed import BlockFormat, describe_formats, pack, side_name
-from voidprune.models.tensors import DTYPE_BYTES, Advance, fetch_tensors, read_rows
+from voidprune.models.tensors import DTYPE_BYTES, Advance, fetch_tensors, read_rows, stored_bytes
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -116,6 +116,17 @@ class _Entry:
 def packed_bytes(source: Checkpoint, kept: Sequence[int], packing: Packing) -> int:
     """Bytes of the tensors that `write_packed` writes."""
     return sum(entry.num_bytes for entry in _list_entries(source, kept, packing))
+
+
+def packed_record_bytes(source: Checkpoint, record: TensorRecord, packing: Packing) -> int:
+    """Bytes of one tensor of the source once it is packed with all its layers: numbers, scales and zero points, or float32."""
+    blocks = matrix_format(source, record.name, packing)
+    if blocks is None:
+        return stored_bytes(record, "F32")
+    rows, columns = record.shape
+    num_blocks = blocks.num_blocks(columns)
+    zero_points = blocks.zero_point_bytes(columns) if blocks.zero_points else 0
+    return rows * (num_blocks * (blocks.block_bytes + DTYPE_BYTES["F32"]) + zero_points)
 
 
 def write_packed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from typing import Any
@@ -64,42 +65,52 @@ def _integers(document: dict[str, Any], kind: type, *, without: str = "") -> dic
     return document
 
 
-def measure_sizes(checkpoint: Checkpoint, *, dtype: str | None = None) -> ModelSizes:
+def measure_sizes(
+    checkpoint: Checkpoint, *, dtype: str | None = None, size_of: Callable[[TensorRecord], int] | None = None
+) -> ModelSizes:
     """Read sizes off the header; with `dtype`, as if float tensors were stored in it.
 
+    `size_of` gives the bytes of a tensor that is stored in another way yet; `dtype` is then that of keys and values.
     A tied head is counted where it is stored, with the embedding. Raises ModelError for packed matrices.
     """
     refuse_packed(checkpoint.folder)
+
+    def size(record: TensorRecord) -> int:
+        return stored_bytes(record, dtype) if size_of is None else size_of(record)
+
     architecture = checkpoint.architecture
     names = architecture.spec.tensors
     head = checkpoint.tensors[f"{names.embedding if architecture.tied_embeddings else names.head}.weight"]
     tied_copy = f"{names.head}.weight" if architecture.tied_embeddings else None
     return ModelSizes(
-        layers=_measure_layers(checkpoint, dtype),
+        layers=_measure_layers(checkpoint, size),
         other_bytes=sum(
-            stored_bytes(record, dtype)
+            size(record)
             for record in checkpoint.tensors.values()
             if names.layer_of(record.name) is None and record.name != tied_copy
         ),
-        head_bytes=stored_bytes(head, dtype),
+        head_bytes=size(head),
         head_weights=architecture.vocab_size * architecture.hidden_size,
         kv_bytes_per_token=architecture.kv_width * DTYPE_BYTES[dtype or head.dtype],
         attention_width=architecture.attention_width,
     )
 
 
-def _measure_layers(checkpoint: Checkpoint, dtype: str | None) -> tuple[LayerSizes, ...]:
+def _measure_layers(checkpoint: Checkpoint, size: Callable[[TensorRecord], int]) -> tuple[LayerSizes, ...]:
     architecture = checkpoint.architecture
     layers: list[dict[str, TensorRecord]] = [{} for _ in range(architecture.num_layers)]
     for record in checkpoint.tensors.values():
         place = architecture.spec.tensors.layer_of(record.name)
         if place is not None and place[0] < len(layers):  # behind them: layers for multi-token prediction
             layers[place[0]][place[1]] = record
-    return tuple(_measure_layer(layer, architecture, checkpoint.config, dtype) for layer in layers)
+    return tuple(_measure_layer(layer, architecture, checkpoint.config, size) for layer in layers)
 
 
 def _measure_layer(
-    layer: dict[str, TensorRecord], architecture: DecoderArchitecture, config: Config, dtype: str | None
+    layer: dict[str, TensorRecord],
+    architecture: DecoderArchitecture,
+    config: Config,
+    size: Callable[[TensorRecord], int],
 ) -> LayerSizes:
     names = architecture.spec.tensors
     used = _share_of_experts(layer, architecture)
@@ -111,7 +122,7 @@ def _measure_layer(
             if not _belongs(suffix, parts):
                 continue
             share = used if _belongs(suffix, (names.experts,)) else Fraction(1)
-            num_bytes += share * stored_bytes(record, dtype)
+            num_bytes += share * size(record)
             num_weights += share * weights_in(suffix, record.shape, config.get("quantization_config"))
         return int(num_bytes), int(num_weights)
 
@@ -122,7 +133,7 @@ def _measure_layer(
         fused = (Fraction(2 * architecture.num_kv_heads, heads) * number for number in measure((names.fused_qkv,)))
         kv = (kv[0] + int(next(fused)), kv[1] + int(next(fused)))
     return LayerSizes(
-        total_bytes=sum(stored_bytes(record, dtype) for record in layer.values()),
+        total_bytes=sum(map(size, layer.values())),
         attention_bytes=attention[0],
         kv_bytes=kv[0],
         mlp_bytes=mlp[0],

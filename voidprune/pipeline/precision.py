@@ -21,12 +21,15 @@ from voidprune.export.quantize import (
     Packing,
     average_bits,
     layer_weights,
+    packed_record_bytes,
     restore_rows,
     uniform_packing,
 )
 from voidprune.models.checkpoint import Checkpoint, stored_bytes
 from voidprune.models.packed import BITS, BlockFormat
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
+from voidprune.models.sizes import ModelSizes, measure_sizes
+from voidprune.models.tensors import TensorRecord
 from voidprune.pipeline.plan import Calibrated
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.profiling.calibration import Sample, encode_rows, require_responses
@@ -62,6 +65,23 @@ class PackingRequest:
             zero_points=self.zero_points,
             activations=self.activations,
         )
+
+
+def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> ModelSizes:
+    """Sizes of a model as its graphs will read it; in "mixed", as if every matrix of the layers had the average bits."""
+    share = {"int4": 0.0, "int8": 1.0}.get(request.precision, (request.average_bits - FEW) / (MANY - FEW))
+    few, many = (
+        replace(request, precision=precision).uniform(checkpoint.architecture.num_layers)
+        for precision in ("int4", "int8")
+    )
+
+    def size_of(record: TensorRecord) -> int:
+        if checkpoint.architecture.spec.tensors.layer_of(record.name) is None and request.precision == "mixed":
+            return packed_record_bytes(checkpoint, record, many)
+        sizes = [packed_record_bytes(checkpoint, record, packing) for packing in (few, many)]
+        return round(sizes[0] + share * (sizes[1] - sizes[0]))
+
+    return measure_sizes(checkpoint, dtype="F32", size_of=size_of)
 
 
 def choose_packing(
