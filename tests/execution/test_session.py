@@ -336,3 +336,24 @@ def test_checkpoint_without_graphs(copy: Path) -> None:
 def test_cuda_without_a_gpu_is_an_error_not_a_fallback(copy: Path) -> None:
     with pytest.raises(RuntimeProviderError):
         BundleSession(copy, provider="cuda")
+
+
+# ---- slips of who calls it
+
+
+def test_rows_and_prompts_have_to_be_as_many(llama: TinyModel, make_bundle: MakeBundle) -> None:
+    session = make_bundle(llama, full_schedule(llama.identity)).session
+    for prompts in ([[1, 2]], [[1], [2], [3]], []):
+        with pytest.raises(ModelError, match=f"{len(prompts)} prompts are given to a conversation of 2 rows"):
+            session.start(2, max_positions=8).prefill(prompts)
+
+
+def test_no_prompts_have_no_responses(llama: TinyModel, make_bundle: MakeBundle) -> None:
+    assert make_bundle(llama, full_schedule(llama.identity)).session.generate([], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize("positions", [0, -3])
+def test_a_conversation_has_room(llama: TinyModel, make_bundle: MakeBundle, positions: int) -> None:
+    session = make_bundle(llama, full_schedule(llama.identity)).session
+    with pytest.raises(ContextLengthError, match=f"{positions} positions hold no token"):
+        session.start(max_positions=positions)

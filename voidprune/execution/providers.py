@@ -93,10 +93,10 @@ def _open_session(
         session = ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
     except Exception as error:  # onnxruntime's errors share no narrower public base class
         reason = str(error).strip().splitlines()[0]
-        raise RuntimeProviderError(
-            f"onnxruntime cannot load {path.name} on {provider}: {reason}",
-            hint="onnxruntime has no bf16 kernels for the CPU: export with --precision fp32, or use --provider cuda",
-        ) from error
+        hint = "export the model again, or upgrade onnxruntime: voidprune is developed with 1.31"
+        if provider == "cpu" and "NOT_IMPLEMENTED" in reason:
+            hint = "onnxruntime has no bf16 kernels for the CPU: export with --precision fp32, or use --provider cuda"
+        raise RuntimeProviderError(f"onnxruntime cannot load {path.name} on {provider}: {reason}", hint=hint) from error
     if session.get_providers()[0] != wanted:  # onnxruntime falls back to the CPU with a log line only
         raise RuntimeProviderError(
             f"onnxruntime has no working {wanted} here", hint="pip install 'voidprune[cuda]', or use --provider cpu"

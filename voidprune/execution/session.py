@@ -71,6 +71,8 @@ class BundleSession:
 
     def start(self, num_rows: int = 1, *, max_positions: int) -> Conversation:
         """Empty K/V buffers for `num_rows` token sequences of at most `max_positions` tokens each. Raises ContextLengthError."""
+        if max_positions < 1:
+            raise ContextLengthError(f"{max_positions} positions hold no token", hint="ask for one or more")
         if max_positions > self.manifest.context_length:
             raise ContextLengthError(
                 f"{max_positions} tokens are asked for; the model's context is {self.manifest.context_length}",
@@ -88,6 +90,8 @@ class BundleSession:
     ) -> list[list[int]]:
         """Responses, each up to and including its end token; greedy without `sampling`. Rows are decoded together."""
         responses: list[list[int]] = [[] for _ in prompts]
+        if not prompts:
+            return responses
         for row, token in self.stream(prompts, max_new_tokens=max_new_tokens, end_tokens=end_tokens, sampling=sampling):
             responses[row].append(token)
         return responses
@@ -175,9 +179,14 @@ class Conversation:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Process one prompt a row, behind what is there already. Returns the logits of the last tokens, [B, V].
 
-        Raises ContextLengthError, and ModelError for an empty prompt, a token that the model has not, or a second turn under a
-        single-turn schedule.
+        Raises ContextLengthError, and ModelError for more or fewer prompts than rows, an empty prompt, a token that the model has
+        not, or a second turn under a single-turn schedule.
         """
+        if len(prompts) != len(self.lengths):
+            raise ModelError(
+                f"{len(prompts)} prompts are given to a conversation of {len(self.lengths)} rows",
+                hint="start a conversation with a row for each prompt",
+            )
         if not all(prompts):
             raise ModelError("a prompt has no tokens", hint="give at least one token")
         if self.session.manifest.schedule.single_turn and any(self.lengths):
