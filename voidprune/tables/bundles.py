@@ -1,0 +1,65 @@
+"""What an exported folder says of itself."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from voidprune.execution.manifest import Fidelity, Manifest
+from voidprune.schedule import Phase
+from voidprune.tables.figures import format_bytes
+
+
+def manifest_table(manifest: Manifest) -> Table:
+    table = Table(title=f"bundle of {manifest.source}", show_header=False)
+    schedule, quantization = manifest.schedule, manifest.quantization
+    dtype = manifest.dtype
+    if quantization is not None:
+        dtype = f"{dtype} and {quantization.precision}" if manifest.has_checkpoint else quantization.precision
+    rows = {
+        "layers in checkpoint": f"{len(manifest.kept_layers)} of {schedule.num_layers}",
+        "executed in prefill": str(schedule.num_executed(Phase.PREFILL)),
+        "executed in decode": str(schedule.num_executed(Phase.DECODE)),
+        "weights": f"{format_bytes(manifest.weight_bytes)} {dtype}, of {format_bytes(manifest.source_bytes)}",
+        "graphs": ", ".join(
+            f"{file} {format_bytes(manifest.sizes[file])}"
+            for file in dict.fromkeys(graph.file for graph in manifest.graphs.values())
+        )
+        or "none",
+        "written by": manifest.written_by,
+    }
+    if quantization is not None:
+        rows |= {
+            "weights of the graphs": f"{format_bytes(manifest.graph_weight_bytes)} {quantization.precision}, "
+            f"{quantization.average_bits:.3g} bits a weight of the layers, in blocks of {quantization.block_size}"
+            f"{' with zero points' if quantization.zero_points else ''}",
+            "error of weights": f"{quantization.weight_error:.2%}",
+            "beside unpacked weights": describe_fidelity(quantization.fidelity),
+        }
+    if manifest.parity is not None:
+        parity = manifest.parity
+        onnx = "" if parity.onnx is None else f", graphs {parity.onnx:.2g}"
+        hf = "" if parity.hf is None else f"checkpoint {parity.hf:.2g}"
+        rows["difference from reference"] = (
+            f"{hf}{onnx if hf else onnx.removeprefix(', ')} (allowed {parity.tolerance:.2g})"
+        )
+        if parity.rounded is not None:
+            rows["with activations in 8 bits"] = f"graphs {parity.rounded:.2g} (allowed {parity.rounded_tolerance:.2g})"
+    else:
+        rows["difference from reference"] = "not verified: nobody ran it"
+    if manifest.healing is not None:
+        rows[f"healed by {', '.join(manifest.healing.methods)}"] = (
+            f"{manifest.healing.held_out.describe()} ({manifest.healing.held_out.num_samples} held-out samples)"
+        )
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def describe_fidelity(fidelity: Fidelity | None) -> str:
+    """What packing changed, in one line."""
+    if fidelity is None:
+        return "not measured: the model could not answer prompts where it was exported"
+    return (
+        f"perplexity x {fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.2g} nats, same likeliest token {fidelity.top1:.1%} "
+        f"({fidelity.num_tokens:,} tokens)"
+    )

@@ -1,0 +1,92 @@
+"""What layers do in each phase, and what that costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from voidprune.models.sizes import ModelSizes
+from voidprune.planning.costs import PROMPT_LENGTH, baseline_costs, schedule_costs
+from voidprune.schedule import LayerAction, Phase, Schedule
+from voidprune.tables.figures import format_bytes, format_flops
+
+if TYPE_CHECKING:
+    from voidprune.pipeline.planning import FreePart
+
+_SYMBOLS = {
+    LayerAction.FULL: "full",
+    LayerAction.SKIP_MLP: "attention",
+    LayerAction.SKIP_ATTENTION: "mlp",
+    LayerAction.KV_MLP: "K/V + mlp",
+    LayerAction.KV_ONLY: "K/V only",
+    LayerAction.SKIP: "-",
+}
+
+
+def schedule_table(schedule: Schedule) -> Table:
+    table = Table(title=f"{schedule.model.name}: {describe_origin(schedule)}")
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("prefill")
+    table.add_column("decode")
+    table.add_column("in checkpoint")
+    for layer in range(schedule.num_layers):
+        actions = [schedule.actions(phase)[layer] for phase in Phase]
+        styled = [Text(_SYMBOLS[action], style="" if action.executes else "dim") for action in actions]
+        table.add_row(str(layer), *styled, "yes" if layer in schedule.union else "dropped")
+    return table
+
+
+def describe_origin(schedule: Schedule) -> str:
+    told = (f"{name.replace('_', ' ')} {value}" for name, value in schedule.origin.items() if name != "calibration")
+    return ", ".join(told) or "schedule"
+
+
+def costs_table(sizes: ModelSizes, schedule: Schedule) -> Table:
+    """What the schedule keeps and costs, beside the whole model."""
+    costs, whole = schedule_costs(sizes, schedule), baseline_costs(sizes, schedule)
+    table = Table(title="costs", caption=f"prefill and decode: prompt of {PROMPT_LENGTH} tokens")
+    table.add_column("")
+    table.add_column("whole model", justify="right", no_wrap=True)
+    table.add_column("schedule", justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
+    for phase in Phase:
+        executed = schedule.num_executed(phase)
+        table.add_row(
+            f"layers executed in {phase}",
+            str(schedule.num_layers),
+            str(executed),
+            f"{executed / schedule.num_layers:.2f}",
+        )
+    rows = [
+        ("weights", whole.weight_bytes, costs.weight_bytes, format_bytes),
+        ("K/V a token", whole.kv_bytes_per_token, costs.kv_bytes_per_token, format_bytes),
+        ("prefill arithmetic", whole.prefill_flops, costs.prefill_flops, format_flops),
+        ("decode: read a token", whole.decode_bytes, costs.decode_bytes, format_bytes),
+    ]
+    for name, before, after, form in rows:
+        table.add_row(name, form(before), form(after), f"{after / before:.2f}" if before else "-")
+    return table
+
+
+def free_part_table(free: FreePart) -> Table:
+    """What can go at no loss: the schedule, and each phase apart where both were cut."""
+    table = Table(
+        title=f"beside the whole model, allowed {free.comparison.bound:.1%}",
+        caption="estimate (upper end of a one-sided 95 % interval) on items that no layer was chosen by",
+    )
+    table.add_column("")
+    for name in ("prefill", "decode", "perplexity up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    tasks = list(free.comparison.accuracy)
+    for task in tasks:
+        table.add_column(f"{task} down".replace("-", " "), justify="right")
+    for name, (schedule, comparison) in {**free.parts, "found": (free.schedule, free.comparison)}.items():
+        losses = [comparison.perplexity, *(comparison.accuracy[task] for task in tasks)]
+        table.add_row(
+            name if name == "found" else f"{name} alone",
+            *(f"{schedule.num_executed(phase)} of {schedule.num_layers}" for phase in Phase),
+            *(f"{loss.estimate:.2%} ({loss.upper:.2%})" for loss in losses),
+        )
+    return table
