@@ -30,8 +30,8 @@ from voidprune.execution.manifest import (
     packs_weights,
     read_manifest,
 )
+from voidprune.export.graph_author import OPERATOR_SETS
 from voidprune.export.onnx_graph import graph_slots
-from voidprune.export.operators import OPERATOR_SETS
 from voidprune.schedule import Phase
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundle.json"

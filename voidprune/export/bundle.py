@@ -88,7 +88,7 @@ def export_bundle(
     `verify` gets the staged folder, which `read_manifest` and all loaders accept, and returns how far it is from the
     reference, None where that was not measured; what it raises (ParityError) ends the export with nothing published. The
     checkpoint is written in any case, because the graphs read it; `operators` is what they are written in (see
-    `operators.OPERATOR_SETS`); `advance` is told the bytes of tensors written.
+    `graph_author.OPERATOR_SETS`); `advance` is told the bytes of tensors written.
 
     With `packing`, the graphs read a file of packed matrices that both share, and the checkpoint is written only where `formats`
     ask for it; operators of the standard multiply exactly, whatever `packing.activations` says. `measure` gets the staged folder

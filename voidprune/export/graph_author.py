@@ -14,13 +14,16 @@ import onnx_ir as ir
 
 import voidprune
 from voidprune.export.emitter import END, Emitter, Tokens
-from voidprune.export.operators import OPERATOR_SETS, ORT
+from voidprune.export.fused_operators import ORT, FusedOperators
+from voidprune.export.operators import Operators
+from voidprune.export.standard_operators import StandardOperators
 from voidprune.export.weights import Rows
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.graph_spec import HeadNorm, Norm
 from voidprune.schedule import LayerAction, Phase
 
+OPERATOR_SETS: dict[str, type[Operators]] = {"ort": FusedOperators, "standard": StandardOperators}
 OPSET = 24
 IR_VERSION = 10
 

@@ -1,7 +1,7 @@
 """One phase's graph, authored from config and safetensors header. No tracing, no torch, no weights in memory.
 
 Every weight of a graph is external data *into* the checkpoint's own safetensors file, so two graphs cost two small files.
-`operators` chooses in which operators they are written: a key of `operators.OPERATOR_SETS`.
+`operators` chooses in which operators they are written: a key of `graph_author.OPERATOR_SETS`.
 
 The contract of the graphs (B rows, T new tokens, S tokens with the past, M positions of the K/V buffers, N K/V heads, H head
 size, V vocabulary):

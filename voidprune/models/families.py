@@ -1,4 +1,5 @@
-"""The table of supported families. The literals stand in `families_dense.py` and `families_experts.py`: **add a family there**.
+"""The table of supported families. The literals stand in `families_dense.py`, `families_post_normed.py` and
+`families_experts.py`: **add a family there**.
 
 A family is supported exactly when its conformance suite passes: a tiny model with random weights, slimmed, loads in stock
 transformers with its logits those of the whole model under the schedule; where graphs are authored, they give them too.
@@ -12,9 +13,10 @@ from voidprune.errors import ModelError
 from voidprune.models.architecture import Config, DecoderArchitecture, FamilySpec, describe_architecture
 from voidprune.models.families_dense import DENSE
 from voidprune.models.families_experts import EXPERTS
+from voidprune.models.families_post_normed import POST_NORMED_FAMILIES
 from voidprune.models.quantization import check_quantization
 
-FAMILIES: dict[str, FamilySpec] = {spec.model_type: spec for spec in (*DENSE, *EXPERTS)}
+FAMILIES: dict[str, FamilySpec] = {spec.model_type: spec for spec in (*DENSE, *POST_NORMED_FAMILIES, *EXPERTS)}
 
 _SHARED_KV = "its last layers use the keys and values of earlier ones, and lose them when those are dropped"
 _STATE = "some of its layers carry a recurrent state, for which a schedule has no actions"

@@ -1,0 +1,127 @@
+"""onnxruntime's fused operators: the fast set. Shapes as in `operators.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from voidprune.export.emitter import Tokens
+from voidprune.export.operators import Cache, Operators
+from voidprune.export.weights import Matrix, PackedMatrix
+from voidprune.models.rope import Rope
+
+ORT = "com.microsoft"
+
+
+class FusedOperators(Operators):
+    """Domain com.microsoft."""
+
+    def product(self, value: ir.Value, matrix: Matrix, bias: ir.Value | None, width: int) -> ir.Value:
+        if isinstance(matrix, PackedMatrix):
+            return self._packed_product(value, matrix, bias)
+        product = self.emit.op("FusedMatMul", [value, matrix], domain=ORT, transB=1)
+        return product if bias is None else self.emit.op("Add", [product, bias])
+
+    def _packed_product(self, value: ir.Value, matrix: PackedMatrix, bias: ir.Value | None) -> ir.Value:
+        weights, blocks = self.emit.weights, matrix.blocks
+        rows, columns = matrix.shape
+        return self.emit.op(
+            "MatMulNBits",
+            [
+                value,
+                weights.packed_numbers(matrix, ir.DataType.UINT8, [matrix.num_blocks, blocks.block_bytes]),
+                weights.scales(matrix),
+                weights.zero_points(matrix, ir.DataType.UINT8, [blocks.zero_point_bytes(columns)]),
+                None,
+                bias,
+            ],
+            domain=ORT,
+            N=rows,
+            K=columns,
+            bits=blocks.bits,
+            block_size=blocks.block_size,
+            accuracy_level=0,
+        )
+
+    def look_up(self, table: PackedMatrix, ids: ir.Value) -> ir.Value:
+        weights, blocks = self.emit.weights, table.blocks
+        found = self.emit.op(
+            "GatherBlockQuantized",
+            [
+                weights.packed_numbers(table, ir.DataType.UINT8, [table.num_blocks * blocks.block_bytes]),
+                ids,
+                weights.scales(table),
+                weights.zero_points(table, ir.DataType.UINT8, [blocks.zero_point_bytes(table.shape[1])]),
+            ],
+            domain=ORT,
+            bits=blocks.bits,
+            block_size=blocks.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        return self.without_padding(found, table)
+
+    def rms_norm(self, value: ir.Value, scale: ir.Value) -> ir.Value:
+        epsilon = self.architecture.norm_epsilon
+        return self.emit.op("SimplifiedLayerNormalization", [value, scale], axis=-1, epsilon=epsilon, stash_type=1)
+
+    def add_and_rms_norm(self, stream: ir.Value, branch: ir.Value, scale: ir.Value) -> tuple[ir.Value, ir.Value]:
+        return self._add_and_norm("SkipSimplifiedLayerNormalization", [stream, branch, scale])
+
+    def add_and_layer_norm(
+        self, stream: ir.Value, branch: ir.Value, scale: ir.Value, bias: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value]:
+        return self._add_and_norm("SkipLayerNormalization", [stream, branch, scale, bias])
+
+    def _add_and_norm(self, op_type: str, inputs: Sequence[ir.Value | None]) -> tuple[ir.Value, ir.Value]:
+        epsilon = self.architecture.norm_epsilon
+        normed, _, _, total = self.emit.op_with_outputs(op_type, inputs, 4, domain=ORT, epsilon=epsilon)
+        return normed, total
+
+    def rotate(self, value: ir.Value, positions: ir.Value, rope: Rope, num_heads: int) -> ir.Value:
+        partial = rope.width if rope.width != self.architecture.head_dim else 0
+        return self.emit.op(
+            "RotaryEmbedding",
+            [value, positions, *self.rotary_tables(rope)],
+            domain=ORT,
+            num_heads=num_heads,
+            rotary_embedding_dim=partial,
+            interleaved=int(rope.interleaved),
+        )
+
+    def silu(self, value: ir.Value) -> ir.Value:
+        return self.emit.op("QuickGelu", [value], domain=ORT, alpha=1.0)
+
+    def attend(
+        self, query_key_value: Sequence[ir.Value], cache: Cache, tokens: Tokens, layer: int
+    ) -> tuple[ir.Value, Cache]:
+        shape = self.architecture
+        rope = shape.ropes[layer]
+        fused = rope is not None and self._rotates_inside(rope)
+        if not fused:
+            query_key_value = self.rotated(query_key_value, tokens, rope)
+        output, key, value = self.emit.op_with_outputs(
+            "GroupQueryAttention",
+            [
+                *(query_key_value if len(query_key_value) == 3 else [query_key_value[0], None, None]),
+                *cache,
+                tokens.last_position,
+                tokens.total,
+                *(self.rotary_tables(rope) if rope is not None and fused else ()),
+            ],
+            3,
+            domain=ORT,
+            num_heads=shape.num_heads,
+            kv_num_heads=shape.num_kv_heads,
+            do_rotary=int(fused),
+            rotary_interleaved=int(fused and rope is not None and rope.interleaved),
+            local_window_size=shape.windows[layer] or -1,
+            scale=shape.score_scale,
+            softcap=shape.score_softcap or 0.0,
+        )
+        return output, (key, value)
+
+    def _rotates_inside(self, rope: Rope) -> bool:
+        # onnxruntime 1.31: GroupQueryAttention rotates multiples of 16 only ("head_size shall be a multiple of 16").
+        return self.architecture.head_dim % 16 == 0 and rope.width % 16 == 0 and not rope.long_frequencies
