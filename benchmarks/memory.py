@@ -50,6 +50,12 @@ def main() -> None:
         "--full", action="store_true", help="All 24 layers and the whole vocabulary: 2 GB, twice on disk."
     )
     parser.add_argument("--directory", type=Path, help="Where to work; default: the temporary directory.")
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "int8", "int4"],
+        default="fp32",
+        help="Packed matrices are copied by every session: measured, and not held to the limit.",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", nargs="*", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,7 +67,7 @@ def main() -> None:
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
-    both = export(folder / "both", CONFIG if arguments.full else {**CONFIG, **SMALL})
+    both = export(folder / "both", CONFIG if arguments.full else {**CONFIG, **SMALL}, arguments.precision)
     folders = {"both": [both], "one": [decode_graph_alone(both, folder / "one")], "nothing": []}
     found: dict[str, list[dict[str, int]]] = {name: [] for name in folders}
     for _ in range(arguments.rounds):
@@ -77,7 +83,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     above = {name: {key: taken[name][key] - taken["nothing"][key] for key in taken[name]} for name in ("one", "both")}
     ratio = above["both"]["pss_bytes"] / above["one"]["pss_bytes"]
     result = {
-        "weight_bytes": (both / "model.safetensors").stat().st_size,
+        "precision": arguments.precision,
+        "weight_bytes": max(file.stat().st_size for file in both.glob("*.safetensors")),
         "one_session": above["one"],
         "both_sessions": above["both"],
         "ratio": round(ratio, 4),
@@ -86,13 +93,14 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
         "machine": f"{os.cpu_count()} cores, {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB memory",
     }
     print(json.dumps(result, indent=2))
-    if ratio > MOST:
+    if ratio > MOST and arguments.precision == "fp32":
         sys.exit(f"missed: both sessions take {ratio:.3f} times the memory of one; {MOST} is allowed")
 
 
-def export(folder: Path, config: dict[str, Any]) -> Path:
+def export(folder: Path, config: dict[str, Any], precision: str) -> Path:
     """A bundle of random weights whose prefill writes K/V only in its upper half, so that the graphs differ."""
     from voidprune.export.bundle import export_bundle
+    from voidprune.export.quantize import uniform_packing
     from voidprune.models.checkpoint import open_checkpoint
     from voidprune.schedule import LayerAction, Schedule
 
@@ -106,7 +114,17 @@ def export(folder: Path, config: dict[str, Any]) -> Path:
         prefill=(LayerAction.FULL,) * half + (LayerAction.KV_ONLY,) * (layers - half),
         decode=(LayerAction.FULL,) * layers,
     )
-    export_bundle(checkpoint, schedule, folder, verify=lambda _: None, max_shard_bytes=10**12)
+    packing = None if precision == "fp32" else uniform_packing(precision, layers)
+    formats = ("hf", "onnx") if packing is None else ("onnx",)
+    export_bundle(
+        checkpoint,
+        schedule,
+        folder,
+        verify=lambda _: None,
+        formats=formats,
+        packing=packing,
+        max_shard_bytes=10**12,
+    )
     return folder
 
 

@@ -23,6 +23,7 @@ from tests.strategies import schedules
 from tests.tiny_models import NUM_LAYERS, TinyModel
 from voidprune.errors import ModelError
 from voidprune.execution.manifest import Parity
+from voidprune.execution.session import remove_padding
 from voidprune.export.bundle import export_bundle
 from voidprune.export.hf_checkpoint import write_slim_checkpoint
 from voidprune.export.onnx_graph import author_decode, author_prefill, graph_slots
@@ -158,6 +159,18 @@ def test_64_greedy_tokens_are_those_of_transformers(graph_model: TinyModel, make
             eos_token_id=NO_TOKEN, pad_token_id=0,
         )  # fmt: skip
         assert response == stock[0, len(prompt) :].tolist()
+
+
+def test_a_batch_padded_on_the_left_gives_the_logits_of_transformers(
+    graph_model: TinyModel, make_bundle: MakeBundle
+) -> None:
+    session = make_bundle(graph_model, full_schedule(graph_model.identity)).session
+    tokens = np.array([[5, 9, 17, 3, 44, 21, 8, 80, 33], [0, 0, 0, 0, 0, 0, 7, 90, 4]])
+    mask = (tokens != 0).astype(np.int64)
+    with torch.inference_mode():
+        stock = graph_model.model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)).logits[:, -1]
+    found = session.start(2, max_positions=9).prefill(remove_padding(tokens, mask))
+    np.testing.assert_allclose(found, stock.numpy(), atol=1e-4)
 
 
 def test_chunks_of_a_prompt_are_the_prompt(graph_model: TinyModel, make_bundle: MakeBundle) -> None:

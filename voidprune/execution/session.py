@@ -270,6 +270,17 @@ def element_type(dtype: np.dtype[Any]) -> Any:
     return 16 if dtype == ml_dtypes.bfloat16 else dtype.type
 
 
+def remove_padding(tokens_BT: Array, attention_mask_BT: Array) -> list[list[int]]:
+    """The prompts of a batch that was padded, on either side, as transformers' tokenizers do it: what `prefill` takes.
+
+    `attention_mask_BT` is 0 where a token is padding. Nothing is ever padded here, so rows come out the same in any batch.
+    """
+    return [
+        [int(token) for token in tokens_T[mask_T != 0]]
+        for tokens_T, mask_T in zip(np.asarray(tokens_BT), np.asarray(attention_mask_BT), strict=True)
+    ]
+
+
 def _log_softmax(logits_TV: Array) -> Array:
     """In place, in the dtype of the logits."""
     logits_TV -= logits_TV.max(-1, keepdims=True)
