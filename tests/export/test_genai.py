@@ -19,6 +19,7 @@ from tests.tiny_models import TinyModel
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
 from voidprune.export.genai import FILE, describe_genai
+from voidprune.export.quantize import uniform_packing
 from voidprune.models.checkpoint import open_checkpoint
 from voidprune.models.pretrained import end_tokens
 from voidprune.pipeline.models import demo_folder
@@ -218,7 +219,30 @@ def some_conversations(source: TinyModel, *, shortest: int = 1) -> list[list[lis
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "llama-tied-small-heads", "llama-one-kv-head", "llama-rope-llama3", "mistral-window", "qwen2-windows"],
+    [
+        "llama",
+        "llama-tied-small-heads",
+        "llama-one-kv-head",
+        "llama-rope-llama3",
+        "mistral-window",
+        "qwen2-windows",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "phi3-partly-rotated",
+        "granite",
+        "smollm3",
+        "olmo2",
+        "olmo3",
+        "cohere",
+        "cohere2",
+        "glm4",
+        "starcoder2",
+        "stablelm-parallel",
+        "exaone4",
+    ],
 )
 def test_it_says_what_our_runner_says(
     genai_python: OtherPython, get_model: GetModel, make_bundle: MakeBundle, name: str
@@ -233,6 +257,19 @@ def test_it_says_what_our_runner_says_of_the_demo_model(genai_python: OtherPytho
     source = TinyModel("demo", demo_folder())
     schedule = replace(full_schedule(source.identity), prefill=(A.FULL,) * 6 + (A.KV_ONLY,) * 6)
     export_bundle(source.checkpoint, schedule, tmp_path / "bundle", verify=lambda _: None)
+    assert_same_conversations(genai_python, tmp_path / "bundle", some_conversations(source))
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_it_runs_packed_matrices(
+    genai_python: OtherPython, get_model: GetModel, tmp_path: Path, precision: str
+) -> None:
+    source = get_model("qwen2")
+    schedule = mixed(source)
+    packing = uniform_packing(precision, len(schedule.union), activations="fp32")
+    export_bundle(
+        source.checkpoint, schedule, tmp_path / "bundle", verify=lambda _: None, formats=("onnx",), packing=packing
+    )
     assert_same_conversations(genai_python, tmp_path / "bundle", some_conversations(source))
 
 
