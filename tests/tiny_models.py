@@ -144,6 +144,22 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "olmo3-rope-yarn": (
+        "olmo3",
+        {
+            **LITTLE,
+            "sliding_window": 4,
+            "rope_parameters": {
+                FULL: {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 40,
+                },
+                SLIDING: LONG_AND_SHORT[1],
+            },
+        },
+    ),
     "qwen3-fused-rope": ("qwen3", {**LITTLE, "head_dim": 16, "attention_bias": True}),
     "phi3-longrope": (
         "phi3",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.tiny_models import BASE, GRAPH_SHAPES, TRANSFORMERS, TinyModel, spell_for_transformers_4
@@ -135,6 +135,38 @@ def test_sliding_layers_may_have_a_base_of_their_own() -> None:
         config = {**gemma, **fields}
         ropes = read_ropes(ConfigReader(config, find_family(config)), head_dim=16, interleaved=False)
         assert ropes == {FULL: plain(5000.0), SLIDING: plain(300.0)}
+
+
+@pytest.mark.parametrize("spelling", [4, 5])
+def test_only_full_layers_of_olmo_3_are_scaled(spelling: int) -> None:
+    """As the published configs say it, in the words of 4.57: `rope_scaling` is not of layers with a window.
+
+    With their base: 5.23 gives layers with a window 500,000 in any case (models/olmo3, convert_rope_params_to_dict).
+    """
+    scaling, theta = {name: value for name, value in YARN.items() if name != "rope_theta"}, {"rope_theta": 500000.0}
+    fields: dict[str, Any] = {**theta, "rope_scaling": scaling}
+    if spelling == 5:
+        fields = {"rope_parameters": {FULL: {**YARN, **theta}, SLIDING: {"rope_type": "default", **theta}}}
+    config = {**BASE, "model_type": "olmo3", "sliding_window": 4, **fields}
+    ropes = read_ropes(ConfigReader(config, find_family(config)), head_dim=16, interleaved=False)
+    assert ropes == {FULL: read({**LLAMA_CONFIG, "rope_parameters": {**YARN, **theta}}), SLIDING: plain(500000.0)}
+    if TRANSFORMERS < 5 and spelling == 5:
+        return  # 4.57 does not read it
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    found = {name: values.numpy() for name, values in model.named_buffers() if name.endswith("inv_freq")}
+    assert len(found) >= 2
+    for name, values in found.items():
+        np.testing.assert_allclose(ropes[SLIDING if SLIDING in name else FULL].frequencies, values, rtol=1e-6)
+
+
+def test_gemma_3_scales_full_layers_and_leaves_the_local_base() -> None:
+    linear = {"rope_type": "linear", "factor": 8.0}
+    config = {
+        **BASE, "model_type": "gemma3_text", "rope_theta": 5000.0, "rope_local_base_freq": 300.0, "rope_scaling": linear,
+    }  # fmt: skip
+    ropes = read_ropes(ConfigReader(config, find_family(config)), head_dim=16, interleaved=False)
+    assert ropes[SLIDING] == plain(300.0)
+    np.testing.assert_allclose(ropes[FULL].frequencies, np.array(plain(5000.0).frequencies) / 8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "mrope", "proportional"])

@@ -178,6 +178,7 @@ OLMO3 = FamilySpec(
         output_bias="attention_bias",
         head_norm=HeadNorm.ALL,
         windows=Windows.LAYER_TYPES,
+        scales_full_layers_only=True,
     ),
 )
 

@@ -54,6 +54,7 @@ class GraphSpec:
     `activation` and `norm_epsilon` are fields. `query_scale`: scores are divided by the square root of this field;
     `score_multiplier`: or multiplied by this one; else divided by the root of the head size. `embedding_multiplier`: a field, or
     "sqrt_hidden_size". `logit_divisor`, `logit_multiplier`, `score_softcap`, `logit_softcap`, `residual_multiplier`: fields.
+    `scales_full_layers_only`: one `rope_scaling` for the model is that of its layers without a window.
     `required`: fields whose other values would mean another computation.
     """
 
@@ -72,6 +73,7 @@ class GraphSpec:
     windows: Windows = Windows.NEVER
     rotated: Rotated = Rotated.ALL
     interleaved: bool = False
+    scales_full_layers_only: bool = False
     query_scale: str | None = None
     score_multiplier: str | None = None
     score_softcap: str | None = None

@@ -52,6 +52,9 @@ def read_ropes(reader: ConfigReader, *, head_dim: int, interleaved: bool) -> Map
         by_kind = {kind: written.get(kind) or {} for kind in (FULL, SLIDING)}
     else:
         by_kind = {FULL: written, SLIDING: written}
+    graph = reader.spec.graph
+    if graph is not None and graph.scales_full_layers_only and by_kind[SLIDING] is written:
+        by_kind[SLIDING] = {name: written[name] for name in ("rope_theta",) if name in written}
     if local_theta is not None and not by_kind[SLIDING].get("rope_theta"):
         by_kind[SLIDING] = {"rope_theta": reader.value(local_theta)}
     return {
