@@ -20,6 +20,7 @@ from voidprune.cli.options import (
     quiet_option,
     responses_option,
     seed_option,
+    together,
 )
 from voidprune.cli.output import progress_bars, show_result
 
@@ -27,56 +28,60 @@ if TYPE_CHECKING:
     from voidprune.healing.settings import DistillSettings
     from voidprune.healing.training_state import Measurement
 
-TRAINING = (
-    click.option(
-        "--parameters",
-        type=click.Choice(["lora", "full"]),
-        default="lora",
-        show_default=True,
-        help="Train low-rank changes of the layers, which are merged at the end, or all of their weights.",
-    ),
-    click.option("--rank", type=click.IntRange(min=1), default=32, show_default=True, help="Of the low-rank changes."),
-    click.option("--embeddings", is_flag=True, help="With --parameters full: train these and the head, too."),
-    click.option(
-        "--steps",
-        type=click.IntRange(min=1),
-        default=1000,
-        show_default=True,
-        help="At most; it ends early once the held-out loss falls no more.",
-    ),
-    click.option(
-        "--max-minutes",
-        type=click.FloatRange(min=0, min_open=True),
-        help="End after so much training. The learning rate follows --steps: ask for no more than that holds.",
-    ),
-    click.option("--evaluate-every", type=click.IntRange(min=1), default=100, show_default=True, help="Steps."),
-    click.option(
-        "--heal-batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Samples a step."
-    ),
-    click.option(
-        "--learning-rate", type=click.FloatRange(min=0, min_open=True), help="The peak. Default: by the model's width."
-    ),
-    click.option(
-        "--temperature",
-        type=click.FloatRange(min=0, min_open=True),
-        default=1.0,
-        show_default=True,
-        help="Softens what is learned from.",
-    ),
-    click.option("--top-k", type=click.IntRange(min=1), help="Learn from the teacher's K likeliest tokens only."),
-    click.option(
-        "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="bf16: autocast."
-    ),
-    click.option("--checkpointing", is_flag=True, help="Save memory: layers run again for their gradients."),
-    seed_option,
+training_options = together(
+    [
+        click.option(
+            "--parameters",
+            type=click.Choice(["lora", "full"]),
+            default="lora",
+            show_default=True,
+            help="Train low-rank changes of the layers, which are merged at the end, or all of their weights.",
+        ),
+        click.option(
+            "--rank", type=click.IntRange(min=1), default=32, show_default=True, help="Of the low-rank changes."
+        ),
+        click.option("--embeddings", is_flag=True, help="With --parameters full: train these and the head, too."),
+        click.option(
+            "--steps",
+            type=click.IntRange(min=1),
+            default=1000,
+            show_default=True,
+            help="At most; it ends early once the held-out loss falls no more.",
+        ),
+        click.option(
+            "--max-minutes",
+            type=click.FloatRange(min=0, min_open=True),
+            help="End after so much training. The learning rate follows --steps: ask for no more than that holds.",
+        ),
+        click.option("--evaluate-every", type=click.IntRange(min=1), default=100, show_default=True, help="Steps."),
+        click.option(
+            "--heal-batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Samples a step."
+        ),
+        click.option(
+            "--learning-rate",
+            type=click.FloatRange(min=0, min_open=True),
+            help="The peak. Default: by the model's width.",
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Softens what is learned from.",
+        ),
+        click.option("--top-k", type=click.IntRange(min=1), help="Learn from the teacher's K likeliest tokens only."),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16"]),
+            default="fp32",
+            show_default=True,
+            help="bf16: autocast.",
+        ),
+        click.option("--checkpointing", is_flag=True, help="Save memory: layers run again for their gradients."),
+        seed_option,
+    ]
 )
 """What only --method distill knows."""
-
-
-def training_options(command: Any) -> Any:
-    for option in reversed(TRAINING):
-        command = option(command)
-    return command
 
 
 def training_settings(

@@ -68,7 +68,9 @@ class Layers(click.ParamType):  # type: ignore[type-arg]
         return value if isinstance(value, frozenset) else parse_layers(value)
 
 
-def _together(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+def together(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """All of these options on one command, in this order."""
+
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -77,7 +79,7 @@ def _together(options: Sequence[Callable[[Command], Command]]) -> Callable[[Comm
     return decorate
 
 
-budget_options = _together(
+budget_options = together(
     [
         click.option("--keep", type=float, help="Share of layers to run in each phase, in (0, 1]."),
         click.option("--keep-prefill", type=float, help="The same, for prefill only."),
@@ -118,7 +120,7 @@ budget_options = _together(
     ]
 )
 
-trial_options = _together(
+trial_options = together(
     [
         click.option("--dataset", help='To choose by: a JSONL or text file, "demo", or one of its tasks.'),
         click.option("--judging", help="To judge by, in place of every second sample of --dataset."),
@@ -140,7 +142,7 @@ trial_options = _together(
 SAMPLE_OPTIONS = ("dataset", "responses", "num_samples", "max_new_tokens", "batch_size")
 """Those of `trial_options` that say on what packed weights are measured, too."""
 
-packing_options = _together(
+packing_options = together(
     [
         click.option(
             "--block-size",
@@ -190,7 +192,7 @@ def packing_request(
     )
 
 
-calibration_options = _together(
+calibration_options = together(
     [
         click.option(
             "--dataset", type=click.Path(path_type=Path), help="JSONL or text. Default: prompts that ship with it."
@@ -284,8 +286,8 @@ def _parse_min_scores(
     return tuple(parsed)
 
 
-def gate_options(command: Command) -> Command:
-    options = [
+gate_options = together(
+    [
         click.option(
             "--min-score",
             "min_scores",
@@ -300,9 +302,7 @@ def gate_options(command: Command) -> Command:
             help="Largest perplexity, as a multiple of the whole model's; else exit with code 3.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+)
 
 
 def gates_of(min_scores: Iterable[tuple[str | None, float]], max_ppl_ratio: float | None) -> Gates:
