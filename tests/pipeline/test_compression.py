@@ -84,6 +84,15 @@ def test_what_a_change_reaches(folder: Path) -> None:
     assert previewed(replace(RECIPE, export=replace(RECIPE.export, operators="standard")), folder) == ALL[4:]
 
 
+def test_graphs_of_a_recipe_may_have_packed_matrices(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, heal=None, export=replace(RECIPE.export, precision="int4"))
+    assert run(recipe, tmp_path / "out") == [step for step in ALL if step != "heal"]
+    quantization = read_manifest(tmp_path / "out" / "pruned").quantization
+    assert quantization is not None
+    assert quantization.precision == "int4"
+    assert quantization.fidelity is not None
+
+
 def test_a_missed_gate_exports_nothing(tmp_path: Path) -> None:
     recipe = replace(RECIPE, heal=None, bench=None, evaluation=replace(RECIPE.evaluation, min_score=1.0))
     recipe = replace(recipe, plan=PlanPart(Budget(keep_prefill=0.2, keep_decode=0.2), criterion="last-n"))

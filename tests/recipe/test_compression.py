@@ -111,6 +111,7 @@ def test_a_benchmark_can_be_left_out() -> None:
         ({"bench": True}, "r.yaml: bench is not a mapping"),
         ({"evaluate": {"max_ppl_ratio": 0.5}}, "max_ppl_ratio is not a number from 1 up"),
         ({"dtype": "fp8"}, "dtype is 'fp8'"),
+        ({"export": {"precision": "int3"}}, "export: precision is 'int3'"),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:

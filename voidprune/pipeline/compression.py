@@ -13,6 +13,7 @@ from voidprune.errors import RecipeError
 from voidprune.healing.losses import DistillLoss
 from voidprune.healing.settings import DistillSettings
 from voidprune.models.checkpoint import Checkpoint
+from voidprune.models.packed import PACKED_PRECISIONS
 from voidprune.models.sizes import measure_sizes
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.evaluation import evaluate_model
@@ -21,6 +22,7 @@ from voidprune.pipeline.gates import Gates
 from voidprune.pipeline.heal import heal_model
 from voidprune.pipeline.models import open_model
 from voidprune.pipeline.plan import Calibrated, PlanRequest, plan_from_model
+from voidprune.pipeline.precision import PackingRequest
 from voidprune.pipeline.profile import profile_model
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.pipeline.samples import Answering
@@ -166,12 +168,16 @@ class _Compression:
             own = own_schedule(checkpoint)
             assert own is not None, "the folder is a bundle"
             schedule = own
+        precision, packing = recipe.export.precision, None
+        if precision in PACKED_PRECISIONS:
+            precision, packing = "keep", PackingRequest(precision, calibrated=self.request.calibrated)
         export_model(
             checkpoint,
             schedule,
             self.folder / PRUNED,
             formats=recipe.export.formats or default_formats(checkpoint)[0],
-            precision=recipe.export.precision,
+            precision=precision,
+            packing=packing,
             operators=recipe.export.operators,
             overwrite=True,
             seed=recipe.seed,

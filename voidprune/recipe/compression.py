@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from voidprune.errors import BudgetError, RecipeError
+from voidprune.models.packed import PACKED_PRECISIONS
 from voidprune.planning.budgets import Budget, parse_amount, parse_layers
 from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.search import GOALS, SEARCHES
 from voidprune.recipe.sections import Section, boolean, integer, list_of, number, one_of, text
 
 HEALING_METHODS = ("linear", "distill")
+PRECISION_NAMES = ("keep", "fp32", "fp16", "bf16", *PACKED_PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _read_evaluation(part: Section, dataset: Callable[[Any, str], str]) -> Evalu
 def _read_export(part: Section) -> ExportPart:
     return ExportPart(
         formats=part.take("formats", list_of(one_of(("hf", "onnx"))), default=()),
-        precision=part.take("precision", text, default="keep"),
+        precision=part.take("precision", one_of(PRECISION_NAMES), default="keep"),
         operators=part.take("operators", one_of(("ort", "standard")), default="ort"),
     )
 
