@@ -12,9 +12,9 @@ from voidprune import artifacts
 from voidprune.errors import RecipeError
 from voidprune.healing.losses import DistillLoss
 from voidprune.healing.settings import DistillSettings
-from voidprune.models.checkpoint import Checkpoint
+from voidprune.models.checkpoint import PRECISIONS, Checkpoint
 from voidprune.models.packed import PACKED_PRECISIONS
-from voidprune.models.sizes import measure_sizes
+from voidprune.models.sizes import ModelSizes, measure_sizes
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.evaluation import evaluate_model
 from voidprune.pipeline.export import default_formats, export_model, own_schedule
@@ -22,7 +22,7 @@ from voidprune.pipeline.gates import Gates
 from voidprune.pipeline.heal import heal_model
 from voidprune.pipeline.models import open_model
 from voidprune.pipeline.plan import Calibrated, PlanRequest, plan_from_model
-from voidprune.pipeline.precision import PackingRequest
+from voidprune.pipeline.precision import PackingRequest, measure_packed_sizes
 from voidprune.pipeline.profile import profile_model
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.pipeline.samples import Answering
@@ -57,6 +57,11 @@ class _Compression:
         self.checkpoint = open_model(recipe.model)
         self.request = _plan_request(recipe)
         self.rows = self.request.calibrated.rows()
+        self.packing = (
+            PackingRequest(recipe.export.precision, calibrated=self.request.calibrated)
+            if recipe.export.precision in PACKED_PRECISIONS
+            else None
+        )
         self.evaluation_rows = find_rows(recipe.evaluation.tasks, num_items=recipe.evaluation.num_items)
         self.gates = Gates(min_score=recipe.evaluation.min_score, max_ppl_ratio=recipe.evaluation.max_ppl_ratio)
         self.gates.check_rows(self.evaluation_rows, has_whole=True)
@@ -68,6 +73,7 @@ class _Compression:
         shown = {**shared, "data": asdict(recipe.data), "rows": _rows_key(self.rows)}
         plan = {
             **shown,
+            "precision": recipe.export.precision,
             "plan": _plain(asdict(recipe.plan)),
             "judging": _rows_key(self.request.calibrated.judging_rows()),
         }
@@ -111,13 +117,19 @@ class _Compression:
         planned = plan_from_model(
             self.request,
             self.checkpoint,
-            sizes=measure_sizes(self.checkpoint),
+            sizes=self.sizes(),
             profile=read_profile(self.folder / PROFILE),
             output=self.folder / SCHEDULE,
             overwrite=True,
             track=self.track,
         )
         write_schedule(self.folder / SCHEDULE, planned.schedule, overwrite=True)
+
+    def sizes(self) -> ModelSizes:
+        """Of the model as it will be exported."""
+        if self.packing is not None:
+            return measure_packed_sizes(self.checkpoint, self.packing)
+        return measure_sizes(self.checkpoint, dtype=PRECISIONS.get(self.recipe.export.precision))
 
     def healing_rows(self) -> list[Row]:
         heal, data = self.recipe.heal, self.recipe.data
@@ -168,16 +180,13 @@ class _Compression:
             own = own_schedule(checkpoint)
             assert own is not None, "the folder is a bundle"
             schedule = own
-        precision, packing = recipe.export.precision, None
-        if precision in PACKED_PRECISIONS:
-            precision, packing = "keep", PackingRequest(precision, calibrated=self.request.calibrated)
         export_model(
             checkpoint,
             schedule,
             self.folder / PRUNED,
             formats=recipe.export.formats or default_formats(checkpoint)[0],
-            precision=precision,
-            packing=packing,
+            precision="keep" if self.packing is not None else recipe.export.precision,
+            packing=self.packing,
             operators=recipe.export.operators,
             overwrite=True,
             seed=recipe.seed,
