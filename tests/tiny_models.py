@@ -152,11 +152,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {
                 FULL: {
                     "rope_type": "yarn",
-                    "rope_theta": 500.0,
+                    "rope_theta": 500000.0,
                     "factor": 4.0,
                     "original_max_position_embeddings": 40,
                 },
-                SLIDING: LONG_AND_SHORT[1],
+                SLIDING: {"rope_type": "default", "rope_theta": 500000.0},  # 4.57 has one base for both
             },
         },
     ),
