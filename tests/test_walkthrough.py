@@ -9,7 +9,8 @@ import pytest
 from voidprune import walkthrough
 from voidprune.execution.manifest import read_manifest
 from voidprune.planning.criteria import CRITERIA
-from voidprune.report import collect_findings, render_report
+from voidprune.report import render_report
+from voidprune.report.findings import collect_findings
 from voidprune.schedule import Phase
 from voidprune.walkthrough import DEMO_BUDGETS, run_demo
 

@@ -28,7 +28,7 @@ from voidprune.planning.budgets import spent
 from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.objectives import Grades
 from voidprune.plots import plot_comparison
-from voidprune.report import describe
+from voidprune.report.findings import describe
 from voidprune.schedule import ModelIdentity, Phase, dropped_schedule, full_schedule
 
 

@@ -17,7 +17,7 @@ from voidprune.pipeline.export import export_model
 from voidprune.pipeline.harness import run_harness
 from voidprune.pipeline.models import open_model
 from voidprune.pipeline.tasks import task_rows
-from voidprune.report import describe
+from voidprune.report.findings import describe
 from voidprune.schedule import dropped_schedule
 
 pytestmark = pytest.mark.filterwarnings("default")  # what lm_eval and datasets warn of is theirs

@@ -22,7 +22,7 @@ def show(path: Path, verify: bool, as_json: bool) -> None:
       voidprune show profile.json
       voidprune show slim --verify
     """
-    from voidprune import report
+    from voidprune.report.findings import describe
 
     if verify:
         from voidprune.execution.integrity import check_files
@@ -30,7 +30,7 @@ def show(path: Path, verify: bool, as_json: bool) -> None:
 
         check_files(path, read_manifest(path), verify_hashes=True)
         click.echo("all files are as they were exported", err=True)
-    document, tables = report.describe(path)
+    document, tables = describe(path)
     if as_json:
         click.echo(json.dumps(document, indent=2, sort_keys=True))
     else:

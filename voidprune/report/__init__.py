@@ -1,132 +1,29 @@
-"""Artefacts become tables for the terminal, or one self-contained HTML page. Reads files; measures nothing."""
+"""Everything that was found in a folder, as one self-contained HTML page. Reads files; measures nothing."""
 
 from __future__ import annotations
 
 import html
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 import voidprune
-from voidprune import artifacts, tables
-from voidprune.errors import ArtifactError
-from voidprune.execution import manifest as manifests
-from voidprune.execution.manifest import Manifest
+from voidprune import tables
 from voidprune.export.model_card import caveats
 from voidprune.planning.costs import baseline_costs, schedule_costs
-from voidprune.profiling import profile as profiles
 from voidprune.profiling.profile import Profile
-from voidprune.schedule import KIND as SCHEDULE_KIND
-from voidprune.schedule import LayerAction, Phase, Schedule, read_schedule
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a folder holds. Evaluations, comparisons and benchmarks are documents of their JSON form."""
-
-    profile: Profile | None
-    schedule: Schedule | None
-    manifest: Manifest | None
-    evaluation: artifacts.Document | None
-    comparison: artifacts.Document | None
-    benchmark: artifacts.Document | None
-
-
-def schema_kind(path: Path) -> str | None:
-    """The kind that a JSON file says it is, or None where it is none of ours."""
-    try:
-        schema = json.loads(path.read_bytes()).get("schema", "")
-    except (OSError, ValueError, AttributeError):
-        return None
-    kind = str(schema).removeprefix("voidprune.").partition("/")[0]
-    return kind if str(schema).startswith("voidprune.") else None
-
-
-def describe(path: Path) -> tuple[artifacts.Document, list[Any]]:
-    """A file or bundle as its JSON document and as tables. Raises ArtifactError where it is none of ours."""
-    file = path / manifests.FILE if path.is_dir() else path
-    if not file.exists():
-        raise ArtifactError(f"there is no {file}", hint="give a file or folder that voidprune wrote")
-    kind = schema_kind(file)
-    if kind == profiles.KIND:
-        profile = profiles.read_profile(file)
-        return profile.to_document(), [tables.profile_table(profile)]
-    if kind == SCHEDULE_KIND:
-        schedule = read_schedule(file)
-        return schedule.to_document(), [tables.schedule_table(schedule)]
-    if kind == manifests.KIND:
-        manifest = manifests.read_manifest(file.parent)
-        return manifest.to_document(), [tables.manifest_table(manifest), tables.schedule_table(manifest.schedule)]
-    if kind in _RESULTS:
-        document = _read_result(file, kind)
-        shown = _RESULTS[kind](document)
-        return document, shown if isinstance(shown, list) else [shown]
-    raise ArtifactError(f"{file} is not a file of voidprune")
-
-
-_RESULTS: dict[str, Callable[[artifacts.Document], Any]] = {
-    "evaluation": tables.evaluation_table,
-    "harness": tables.harness_table,
-    "benchmark": tables.benchmark_table,
-    "comparison": tables.comparison_table,
-    "adaptive-evaluation": tables.adaptive_tables,
-    "probe": tables.probe_tables,
-}
-_VERSIONS = {"comparison": 2, "evaluation": 2}
-
-
-def _read_result(file: Path, kind: str) -> artifacts.Document:
-    """A result file. It is whole when its table can be made. Raises ArtifactError."""
-    document = artifacts.read_document(file, kind=kind, version=_VERSIONS.get(kind, 1))
-    try:
-        _RESULTS[kind](document)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise ArtifactError(f"{file} is not a whole {kind}: {error!r}", hint="measure again") from error
-    return document
-
-
-def collect_findings(folder: Path) -> Findings:
-    """Everything of ours in a folder and, for bundles, one level below. Raises ArtifactError where there is nothing."""
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder", hint="give the folder that holds the results")
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.json")):
-        if (kind := schema_kind(file)) is not None:
-            found.setdefault(kind, file)
-    bundles = [manifests.read_manifest(file.parent) for file in sorted(folder.glob(f"*/{manifests.FILE}"))]
-    if manifests.KIND in found:
-        bundles.insert(0, manifests.read_manifest(folder))
-    if not found and not bundles:
-        raise ArtifactError(f"{folder} holds no results", hint="voidprune eval, bench and export write some")
-
-    def document(kind: str) -> artifacts.Document | None:
-        return _read_result(found[kind], kind) if kind in found else None
-
-    pruned = [bundle for bundle in bundles if not bundle.schedule.is_full] or bundles
-    schedule = read_schedule(found[SCHEDULE_KIND]) if SCHEDULE_KIND in found else None
-    schedule = schedule or (pruned[0].schedule if pruned else None)
-    profile = profiles.read_profile(found[profiles.KIND]) if profiles.KIND in found else None
-    if schedule is not None and profile is not None:
-        schedule.check_model(profile.model, place=f"the schedule in {folder}")
-    return Findings(
-        profile=profile,
-        schedule=schedule,
-        manifest=pruned[0] if pruned else None,
-        evaluation=document("evaluation"),
-        comparison=document("comparison"),
-        benchmark=document("benchmark"),
-    )
+from voidprune.report.findings import Findings, collect_findings
+from voidprune.schedule import LayerAction, Phase, Schedule
 
 
 def render_report(folder: Path) -> str:
     """One HTML page without external requests. Raises ArtifactError."""
     findings = collect_findings(folder)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("voidprune", "."),
+        loader=jinja2.PackageLoader("voidprune", "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -137,7 +34,7 @@ def render_report(folder: Path) -> str:
     costs = None
     if schedule is not None and profile is not None:
         costs = (asdict(baseline_costs(profile.sizes, schedule)), asdict(schedule_costs(profile.sizes, schedule)))
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         findings=findings,
         summary=_summary(findings),
         heat_map=_draw_heat_map(profile, schedule),

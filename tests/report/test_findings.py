@@ -19,7 +19,8 @@ from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.intervals import schedule_cuts
 from voidprune.planning.planner import plan_schedule
 from voidprune.profiling.profile import read_profile, write_profile
-from voidprune.report import collect_findings, describe, render_report
+from voidprune.report import render_report
+from voidprune.report.findings import collect_findings, describe
 from voidprune.schedule import write_schedule
 from voidprune.tables import cuts_table
 
