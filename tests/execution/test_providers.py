@@ -19,22 +19,31 @@ from tests.tiny_models import TinyModel, build_model
 from voidprune.execution.providers import PROVIDERS, open_sessions, stray_operators
 from voidprune.execution.session import element_type
 from voidprune.export.bundle import export_bundle
+from voidprune.export.quantize import uniform_packing
 from voidprune.schedule import Phase, full_schedule
 
 MEMORY = """
-import re, sys
+import dataclasses, re, sys
 from pathlib import Path
+from voidprune.execution.manifest import read_manifest
+from voidprune.execution.providers import open_sessions
 from voidprune.execution.session import BundleSession
+from voidprune.schedule import Phase
 
 def anonymous_bytes():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-tiny, large = map(Path, sys.argv[1:])
+tiny, large = map(Path, sys.argv[1:3])
 for folder in (tiny, large):  # the first brings what onnxruntime takes for any model
     before = anonymous_bytes()
-    session = BundleSession(folder)
-    assert session.weight_copies == 1
-    session.generate([[5, 6, 7, 8]], max_new_tokens=3)
+    if sys.argv[3] == "decode alone":
+        manifest = read_manifest(folder)
+        manifest = dataclasses.replace(manifest, graphs=dict.fromkeys(Phase, manifest.graphs[Phase.DECODE]))
+        opened = open_sessions(folder, manifest, provider="cpu")
+    else:
+        session = BundleSession(folder, prepack=sys.argv[3] == "packed")
+        assert session.weight_copies == 1
+        session.generate([[5, 6, 7, 8]], max_new_tokens=3)
 print(anonymous_bytes() - before)
 """
 
@@ -52,27 +61,52 @@ def test_what_runs_elsewhere_is_named(bundle: Bundle) -> None:
         assert not {"Shape", "Squeeze", "ReduceSum"} & set(strays), "counting tokens is fine anywhere"
 
 
-def test_one_graph_for_both_phases_is_one_session(bundle: Bundle) -> None:
+def test_weights_are_in_memory_once_packed_or_not(bundle: Bundle) -> None:
     decode = bundle.manifest.graphs[Phase.DECODE]
     single = dataclasses.replace(bundle.manifest, graphs={Phase.PREFILL: decode, Phase.DECODE: decode})
-    assert set(open_sessions(bundle.folder, single, provider="cpu").by_file) == {"decode.onnx"}
-    both = open_sessions(bundle.folder, bundle.manifest, provider="cpu")
-    assert set(both.by_file) == {"prefill.onnx", "decode.onnx"}
-    assert (both.weight_copies, both.device_bytes) == (1, None)
+    for manifest, prepack, num_sessions in (
+        (single, True, 1),
+        (single, False, 1),
+        (bundle.manifest, True, 1),
+        (bundle.manifest, False, 2),
+    ):
+        opened = open_sessions(bundle.folder, manifest, provider="cpu", prepack=prepack)
+        assert len(set(map(id, opened.by_phase.values()))) == num_sessions
+        assert (opened.weight_copies, opened.device_bytes) == (1, None)
+        assert opened.last_only == {Phase.PREFILL: manifest is bundle.manifest, Phase.DECODE: False}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_no_session_makes_a_copy_of_its_weights(bundle: Bundle, tmp_path: Path) -> None:
-    """Memory that is not mapped from a file grows by far less than the weights when both sessions load and run."""
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_weights_are_laid_out_once_for_both_phases_or_stay_in_their_file(
+    bundle: Bundle, tmp_path: Path, precision: str
+) -> None:
+    """Memory that is not mapped from a file, when both phases have loaded and run: all matrices once, or none."""
     large = build_model(
-        "llama", tmp_path / "model", hidden_size=512, intermediate_size=1536, num_hidden_layers=4, vocab_size=4096
+        "llama", tmp_path / "model", hidden_size=512, intermediate_size=1536, num_hidden_layers=6, vocab_size=4096
     )
-    export_bundle(large.checkpoint, full_schedule(large.identity), tmp_path / "bundle", verify=lambda _: None)
-    weights = (tmp_path / "bundle" / "model.safetensors").stat().st_size
-    assert weights > 50_000_000
-    command = [sys.executable, "-c", MEMORY, str(bundle.folder), str(tmp_path / "bundle")]
-    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert grown < weights / 4
+    packing = None if precision == "fp32" else uniform_packing(precision, 6)
+    export_bundle(
+        large.checkpoint,
+        full_schedule(large.identity),
+        tmp_path / "bundle",
+        verify=lambda _: None,
+        formats=("hf", "onnx") if packing is None else ("onnx",),
+        packing=packing,
+    )
+    weights = sum(file.stat().st_size for file in (tmp_path / "bundle").glob("*.safetensors"))
+
+    def grown(placing: str) -> float:
+        command = [sys.executable, "-c", MEMORY, str(bundle.folder), str(tmp_path / "bundle"), placing]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / weights
+
+    if packing is None:
+        assert weights > 70_000_000
+        assert grown("mapped") < 0.25
+        assert 0.7 < grown("packed") < 1.3
+    else:  # no kernel runs on bits that are not laid out
+        assert weights > 10_000_000
+        assert grown("packed") < 1.3 * grown("decode alone")
 
 
 @pytest.mark.usefixtures("bundle")

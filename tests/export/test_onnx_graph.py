@@ -432,7 +432,7 @@ def test_a_padded_row_gets_no_answer_and_the_others_their_own(llama: TinyModel, 
     """Runtimes that pad prompts on the left, as transformers does, must not take what comes out for logits."""
     session = make_bundle(llama, full_schedule(llama.identity)).session
     graph = session.sessions[Phase.DECODE]
-    logits = graph.run(["logits"], padded_feeds(graph))[0][:, -1]
+    logits = graph.run(["logits"], {**padded_feeds(graph), **session.choices[Phase.DECODE]})[0][:, -1]
     expected = session.start(max_positions=8).prefill([PADDED_PROMPT])[0]
     np.testing.assert_allclose(logits[0], expected, atol=1e-4)
     assert np.isnan(logits[1]).all()
@@ -444,6 +444,7 @@ def test_a_padded_row_gets_no_answer_and_the_others_their_own(llama: TinyModel, 
 def test_onnxruntime_refuses_padded_rows_where_positions_are_seen(
     llama: TinyModel, make_bundle: MakeBundle, operators: str, phase: Phase
 ) -> None:
-    graph = make_bundle(llama, full_schedule(llama.identity), operators=operators).session.sessions[phase]
+    session = make_bundle(llama, full_schedule(llama.identity), operators=operators).session
+    graph = session.sessions[phase]
     with pytest.raises((Fail, InvalidArgument), match=r"is negative|out of range"):
-        graph.run(["logits"], padded_feeds(graph))
+        graph.run(["logits"], {**padded_feeds(graph), **session.choices[phase]})

@@ -197,14 +197,14 @@ def external_data(graph: onnx.ModelProto, label: str) -> Any:
 
 
 def test_graphs_over_other_matrices_are_found(bundle: Path, llama: TinyModel) -> None:
-    """Gates where the other half of the MLP lies: of the same shape, so that only the numbers tell."""
+    """Two layers with each other's gates and up projections: of the same shape, so that only the numbers tell."""
     schedule = full_schedule(llama.identity)
     check_packed(bundle, source=llama.checkpoint, schedule=schedule)
     path = bundle / "decode.onnx"
     graph = onnx.load(path, load_external_data=False)
-    up, gate = (external_data(graph, f"layers.2.mlp.{part}_proj.weight.") for part in ("up", "gate"))
-    places = [{pair.key: pair.value for pair in data} for data in (up, gate)]
-    for data, place in zip((up, gate), reversed(places), strict=True):
+    both = [external_data(graph, f"layers.{layer}.mlp.up_proj.weight.UINT8") for layer in (1, 2)]
+    places = [{pair.key: pair.value for pair in data} for data in both]
+    for data, place in zip(both, reversed(places), strict=True):
         for pair in data:
             pair.value = place[pair.key]
     onnx.save(graph, path)

@@ -6,13 +6,22 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from voidprune.errors import RuntimeProviderError
+from voidprune.execution.composition import PHASE_INPUT, compose_graphs
 from voidprune.execution.device_weights import DeviceWeights, can_load, load_device_weights, weight_ranges
 from voidprune.execution.manifest import Manifest, packs_weights
+from voidprune.schedule import Phase
+
+if TYPE_CHECKING:
+    import onnx
+
+Array = np.ndarray[Any, Any]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _COUNTING = frozenset({"Add", "Cast", "Range", "ReduceSum", "Shape", "Squeeze", "Sub", "Unsqueeze"})
@@ -21,41 +30,95 @@ _COUNTING = frozenset({"Add", "Cast", "Range", "ReduceSum", "Shape", "Squeeze", 
 
 @dataclass(frozen=True)
 class OpenSessions:
-    """The sessions of some graphs, by file name.
+    """What runs each phase; one session where both are one model or one graph.
 
-    `weight_copies` is how often the weights are in the memory of the device. `device_bytes` is the memory that loading took
-    there, weights and sessions together; None on the CPU and where nobody could measure it. `weights` is what the sessions
-    point at: it has to live as long as they do.
+    `choices` is what a session of both phases has to be told beside its other inputs: {PHASE_INPUT: whether it is prefill}.
+    `last_only` says of which phases logits come for the last token alone. `weight_copies` is how often the weights are in the
+    memory of the device. `device_bytes` is the memory that loading took there, weights and sessions together; None on the CPU
+    and where nobody could measure it. `weights` is what the sessions point at: it has to live as long as they do.
     """
 
-    by_file: Mapping[str, ort.InferenceSession]
+    by_phase: Mapping[Phase, ort.InferenceSession]
+    choices: Mapping[Phase, Mapping[str, Array]]
+    last_only: Mapping[Phase, bool]
     weight_copies: int
     device_bytes: int | None
     weights: DeviceWeights | None
 
 
-def open_sessions(folder: Path, manifest: Manifest, *, provider: str) -> OpenSessions:
+def open_sessions(folder: Path, manifest: Manifest, *, provider: str, prepack: bool = True) -> OpenSessions:
     """Open every graph of a bundle on a provider. Raises RuntimeProviderError.
 
-    On the CPU onnxruntime maps the weight files, and sessions that do not pack share those pages. On CUDA every session would
-    copy its weights to the device, so they are loaded there once and lent to all sessions; that takes torch.
+    On the CPU both graphs are opened as one model, so that onnxruntime packs the weights once for both; without `prepack`
+    float32 weights stay pages of their file, which opens at once and decodes more slowly. Packed bits (int4, int8) are always
+    laid out: their kernels are made for nothing else. On CUDA every session would copy its weights to the device, so they are
+    loaded there once and lent to all sessions; that takes torch.
     """
-    files = sorted({graph.file for graph in manifest.graphs.values()})
-    packs = packs_weights(manifest.dtype, quantized=manifest.quantization is not None)
-    if provider == "cpu":
-        sessions = {name: _open_session(folder / name, provider=provider, packs=packs) for name in files}
-        return OpenSessions(sessions, len(files) if packs else 1, None, None)
+    graphs = {phase: folder / graph.file for phase, graph in manifest.graphs.items()}
+    if provider != "cpu":
+        return _open_on_device(graphs, provider=provider)
+    is_widened = packs_weights(manifest.dtype, quantized=False)
+    prepack = prepack or is_widened or manifest.quantization is not None
+    is_pair = len(set(graphs.values())) > 1
+    # Weights in 16 bits are widened before they are packed, and a branch would widen those from outside at every step.
+    if prepack and is_pair and not is_widened:
+        composed = compose_graphs(graphs[Phase.PREFILL], graphs[Phase.DECODE])
+        session = _open_session(composed.SerializeToString(), folder, provider=provider, prepack=True)
+        branches = {branch.g.name: branch.g for branch in composed.graph.node[0].attribute}
+        return OpenSessions(
+            by_phase=dict.fromkeys(Phase, session),
+            choices={phase: {PHASE_INPUT: np.array(phase is Phase.PREFILL)} for phase in Phase},
+            last_only={phase: _is_last_only(branches[str(phase)].output[0]) for phase in Phase},
+            weight_copies=1,
+            device_bytes=None,
+            weights=None,
+        )
+    opened = {path: _open_session(path, folder, provider=provider, prepack=prepack) for path in set(graphs.values())}
+    return _apart(graphs, opened, weight_copies=len(opened) if prepack else 1)
+
+
+def _open_on_device(graphs: Mapping[Phase, Path], *, provider: str) -> OpenSessions:
     before = _free_device_bytes()
     weights = None
+    paths = sorted(set(graphs.values()))
     if can_load(provider):
-        weights = load_device_weights({name: weight_ranges(folder / name) for name in files}, device=provider)
+        weights = load_device_weights({path.name: weight_ranges(path) for path in paths}, device=provider)
     lent = {} if weights is None else weights.values
-    sessions = {
-        name: _open_session(folder / name, provider=provider, packs=packs, weights=lent.get(name)) for name in files
+    opened = {
+        path: _open_session(path, path.parent, provider=provider, prepack=True, weights=lent.get(path.name))
+        for path in paths
     }
     after = _free_device_bytes()
-    taken = None if before is None or after is None else before - after
-    return OpenSessions(sessions, len(files) if weights is None else 1, taken, weights)
+    return _apart(
+        graphs,
+        opened,
+        weight_copies=len(paths) if weights is None else 1,
+        device_bytes=None if before is None or after is None else before - after,
+        weights=weights,
+    )
+
+
+def _apart(
+    graphs: Mapping[Phase, Path],
+    opened: Mapping[Path, ort.InferenceSession],
+    *,
+    weight_copies: int,
+    device_bytes: int | None = None,
+    weights: DeviceWeights | None = None,
+) -> OpenSessions:
+    """A session a graph."""
+    return OpenSessions(
+        by_phase={phase: opened[path] for phase, path in graphs.items()},
+        choices={phase: {} for phase in graphs},
+        last_only={phase: opened[path].get_outputs()[0].shape[1] == 1 for phase, path in graphs.items()},
+        weight_copies=weight_copies,
+        device_bytes=device_bytes,
+        weights=weights,
+    )
+
+
+def _is_last_only(logits: onnx.ValueInfoProto) -> bool:
+    return bool(logits.type.tensor_type.shape.dim[1].dim_value == 1)
 
 
 def size_thread_pool(threads: int) -> None:
@@ -73,37 +136,46 @@ def size_thread_pool(threads: int) -> None:
 
 
 def _open_session(
-    path: Path, *, provider: str, packs: bool, weights: Mapping[str, ort.OrtValue] | None = None
+    graph: Path | bytes,
+    folder: Path,
+    *,
+    provider: str,
+    prepack: bool,
+    weights: Mapping[str, ort.OrtValue] | None = None,
 ) -> ort.InferenceSession:
+    """`graph`: a file of the bundle in `folder`, or a model in memory whose weights lie there."""
+    name = graph.name if isinstance(graph, Path) else folder.name
     options = ort.SessionOptions()
     options.log_severity_level = 3
     with contextlib.suppress(Fail):  # the process has its pool already
         ort.set_global_thread_pool_sizes(0, 1)
     options.use_per_session_threads = False
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if provider == "cpu" and not packs:
+    if isinstance(graph, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if provider == "cuda":
         ort.preload_dlls()
-    for name, value in (weights or {}).items():
-        options.add_initializer(name, value)
+    for initializer, value in (weights or {}).items():
+        options.add_initializer(initializer, value)
     wanted = PROVIDERS[provider]
     providers = [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
     try:
-        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
+        session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=False)
     except Exception as error:  # onnxruntime's errors share no narrower public base class
         reason = str(error).strip().splitlines()[0]
         hint = "export the model again, or upgrade onnxruntime: voidprune is developed with 1.31"
         if provider == "cpu" and "NOT_IMPLEMENTED" in reason:
             hint = "onnxruntime has no bf16 kernels for the CPU: export with --precision fp32, or use --provider cuda"
-        raise RuntimeProviderError(f"onnxruntime cannot load {path.name} on {provider}: {reason}", hint=hint) from error
+        raise RuntimeProviderError(f"onnxruntime cannot load {name} on {provider}: {reason}", hint=hint) from error
     if session.get_providers()[0] != wanted:  # onnxruntime falls back to the CPU with a log line only
         raise RuntimeProviderError(
             f"onnxruntime has no working {wanted} here", hint="pip install 'voidprune[cuda]', or use --provider cpu"
         )
     if strays := stray_operators(session, wanted=wanted):
         raise RuntimeProviderError(
-            f"onnxruntime would run {', '.join(strays)} of {path.name} on the CPU, not on {provider}",
+            f"onnxruntime would run {', '.join(strays)} of {name} on the CPU, not on {provider}",
             hint="export in another precision, or use --provider cpu",
         )
     return session

@@ -1,4 +1,4 @@
-"""A bundle under onnxruntime: two sessions over one copy of the weights, K/V buffers shared by both, generation.
+"""A bundle under onnxruntime: both phases over one copy of the weights, K/V buffers shared by both, generation.
 
 Token ids in, logits and token ids out; texts are the business of the caller. Neither torch nor transformers is imported.
 
@@ -44,10 +44,13 @@ class BundleSession:
     `weight_copies` and `device_bytes` are those of `providers.OpenSessions`.
     """
 
-    def __init__(self, folder: Path, *, provider: str = "cpu", verify_hashes: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, provider: str = "cpu", prepack: bool = True, verify_hashes: bool = False
+    ) -> None:
         """Raises ModelError, CheckpointError and ArtifactError (files damaged), RuntimeProviderError (provider absent or unable).
 
-        With `verify_hashes` every file is read and compared with its hash, not only sizes, headers and graphs.
+        `prepack` is that of `providers.open_sessions`: fast steps, or open at once. With `verify_hashes` every file is read and
+        compared with its hash, not only sizes, headers and graphs.
         """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
@@ -55,12 +58,11 @@ class BundleSession:
             raise ModelError(f"{folder} holds no ONNX graphs", hint="export it with --format onnx")
         check_files(folder, self.manifest, verify_hashes=verify_hashes)
         self.provider = provider
-        opened = open_sessions(folder, self.manifest, provider=provider)
+        opened = open_sessions(folder, self.manifest, provider=provider, prepack=prepack)
         self.weight_copies, self.device_bytes = opened.weight_copies, opened.device_bytes
         self._weights = opened.weights
-        self.sessions = {phase: opened.by_file[graph.file] for phase, graph in self.manifest.graphs.items()}
+        self.sessions, self.choices, self.last_only = opened.by_phase, opened.choices, opened.last_only
         self.boundary = self.manifest.schedule.boundary
-        self.last_only = {phase: session.get_outputs()[0].shape[1] == 1 for phase, session in self.sessions.items()}
         logits = self.sessions[Phase.DECODE].get_outputs()[0]
         if logits.type not in _HOST_DTYPES:
             raise RuntimeProviderError(
@@ -246,6 +248,8 @@ class Conversation:
         if key not in self._bindings:
             session = self.session.sessions[phase]
             binding = session.io_binding()
+            for name, choice in self.session.choices[phase].items():
+                binding.bind_cpu_input(name, choice)
             for argument in session.get_inputs():
                 if argument.name not in self.buffers:
                     continue

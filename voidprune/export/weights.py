@@ -89,6 +89,10 @@ class GraphWeights:
         num_rows = sum(_stop(part, record) - part.start for part, record in zip(parts, packed, strict=True))
         return PackedMatrix(tuple(parts), blocks, (num_rows, columns))
 
+    def is_packed(self, tensor: str) -> bool:
+        """Whether `matrix` gives a packed one of its rows."""
+        return isinstance(self._record(tensor), PackedRecord)
+
     def packed_numbers(self, matrix: PackedMatrix, dtype: ir.DataType, row_shape: Sequence[int]) -> ir.Value:
         """The packed numbers as a tensor [out, *row_shape] of `dtype`: the same bytes have more than one name in ONNX."""
         records = self._packed_records(matrix)

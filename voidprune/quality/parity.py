@@ -149,7 +149,7 @@ def check_layers(
         if manifest.dtype != "F32":
             stored = run(slim, renumbered, dtype=manifest.dtype)
             tolerance = max(TOLERANCE, 2 * largest_difference(stored, expected))
-        onnx = largest_difference(drive.run_session(BundleSession(folder, provider=provider)), expected)
+        onnx = largest_difference(drive.run_session(BundleSession(folder, provider=provider, prepack=False)), expected)
         require(onnx, tolerance, what=f"the ONNX graphs on {provider}")
     return Parity(hf=hf, onnx=onnx, tolerance=tolerance, **drive.counts)
 
@@ -202,7 +202,7 @@ def _check_whole(
     hf = largest_difference(stored, expected)
     found = None
     if manifest.graphs and manifest.quantization is None:
-        found = drive.run_session(BundleSession(folder, provider=provider))
+        found = drive.run_session(BundleSession(folder, provider=provider, prepack=False))
     if manifest.dtype == "F32" and max(hf, 0.0 if found is None else largest_difference(found, truth)) > TOLERANCE:
         truth = run_slim("fp32", in_float64=True)
         tolerance = max(TOLERANCE, 2 * largest_difference(stored, truth))

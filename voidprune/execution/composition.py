@@ -1,0 +1,114 @@
+"""The two graphs of a bundle as one model, whose `If` chooses the phase: onnxruntime then packs the weights that both use once.
+
+onnxruntime lays out matrices anew for its kernels when a session is opened, and shares what it laid out between the branches of
+one model but not, in Python, between sessions (1.31: `PrepackedWeightsContainer` is not exposed). Graphs are composed in memory,
+when they are loaded; the files of a bundle stay two, for runtimes that choose the phase themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from voidprune.schedule import Phase
+
+if TYPE_CHECKING:
+    import onnx
+
+PHASE_INPUT = "is_prefill"
+"""The input, a scalar bool, that chooses the branch."""
+
+
+def compose_graphs(prefill: Path, decode: Path) -> onnx.ModelProto:
+    """One model with the inputs and outputs of both graphs, and PHASE_INPUT. Weights stay in their files, beside the graphs.
+
+    A slot of the cache that one phase does not write passes through it: past and present are one buffer there as well.
+    """
+    import onnx
+
+    models = {
+        phase: onnx.load(path, load_external_data=False)
+        for phase, path in ((Phase.PREFILL, prefill), (Phase.DECODE, decode))
+    }
+    graphs = {phase: model.graph for phase, model in models.items()}
+    weights: dict[bytes, onnx.TensorProto] = {}
+    inputs = _by_name(value for graph in graphs.values() for value in graph.input)
+    outputs = _by_name(value for graph in graphs.values() for value in graph.output)
+    num_logits = outputs["logits"].type.tensor_type.shape.dim[1]
+    num_logits.Clear()
+    num_logits.dim_param = "logits"  # of the last token alone, or of all: each branch says its own
+    branches = {phase: _branch(graph, phase, outputs, weights) for phase, graph in graphs.items()}
+    choose = onnx.helper.make_node(
+        "If",
+        [PHASE_INPUT],
+        list(outputs),
+        name="phase",
+        then_branch=branches[Phase.PREFILL],
+        else_branch=branches[Phase.DECODE],
+    )
+    asked = onnx.helper.make_tensor_value_info(PHASE_INPUT, onnx.TensorProto.BOOL, [])
+    graph = onnx.helper.make_graph(
+        [choose], "both phases", [*inputs.values(), asked], list(outputs.values()), list(weights.values())
+    )
+    opsets = {opset.domain: opset for model in models.values() for opset in model.opset_import}
+    return onnx.helper.make_model(
+        graph, opset_imports=list(opsets.values()), ir_version=max(model.ir_version for model in models.values())
+    )
+
+
+def _by_name(values: Iterable[onnx.ValueInfoProto]) -> dict[str, onnx.ValueInfoProto]:
+    import onnx
+
+    found = {}
+    for value in values:
+        copied = onnx.ValueInfoProto()
+        copied.CopyFrom(value)
+        found[value.name] = copied
+    return found
+
+
+def _branch(
+    graph: onnx.GraphProto,
+    phase: Phase,
+    outputs: Mapping[str, onnx.ValueInfoProto],
+    weights: dict[bytes, onnx.TensorProto],
+) -> onnx.GraphProto:
+    """A graph as a branch that gives `outputs`. Its weights are collected in `weights`, where equal ones are one."""
+    import onnx
+
+    names = {value.name: value.name for value in graph.input}
+    for initializer in graph.initializer:
+        names[initializer.name] = _shared_weight(initializer, weights)
+    nodes = []
+    for node in graph.node:
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        copied.name = f"{phase}/{node.name}"
+        for mine, theirs in ((copied.input, node.input), (copied.output, node.output)):
+            mine[:] = [names.get(name, f"{phase}/{name}") if name else "" for name in theirs]
+        nodes.append(copied)
+    written = {value.name: value for value in graph.output}
+    results = []
+    for name, value in outputs.items():
+        result = onnx.ValueInfoProto()
+        result.CopyFrom(written.get(name, value))
+        result.name = f"{phase}/{name}"
+        results.append(result)
+        if name not in written:
+            past = name.replace("present", "past_key_values")
+            nodes.append(onnx.helper.make_node("Identity", [past], [result.name], name=result.name))
+    return onnx.helper.make_graph(nodes, str(phase), [], results)
+
+
+def _shared_weight(initializer: onnx.TensorProto, weights: dict[bytes, onnx.TensorProto]) -> str:
+    """The name under which both branches know an initializer: the same bytes of a file have the same."""
+    import onnx
+
+    content = onnx.TensorProto()
+    content.CopyFrom(initializer)
+    content.ClearField("name")
+    known = weights.setdefault(content.SerializeToString(deterministic=True), content)
+    if not known.name:
+        known.name = f"weight.{len(weights) - 1}"
+    return known.name
