@@ -35,7 +35,7 @@ def test_nothing_is_lost_and_weights_are_named_once(llama: TinyModel, make_bundl
     assert {value.name for value in both.graph.input} == inputs | {PHASE_INPUT}
     outputs = [value.name for value in both.graph.output]
     assert set(outputs) == {value.name for model in apart for value in model.graph.output}
-    [choose] = both.graph.node
+    *constants, choose = both.graph.node
     branches = {attribute.name: attribute.g for attribute in choose.attribute}
     for model, branch, phase in zip(
         apart, (branches["then_branch"], branches["else_branch"]), ("prefill", "decode"), strict=True
@@ -43,7 +43,8 @@ def test_nothing_is_lost_and_weights_are_named_once(llama: TinyModel, make_bundl
         assert [value.name for value in branch.output] == [f"{phase}/{name}" for name in outputs]
         passed_through = set(outputs) - {value.name for value in model.graph.output}
         kinds = Counter(node.op_type for node in model.graph.node) + Counter({"Identity": len(passed_through)})
-        assert Counter(node.op_type for node in branch.node) == kinds
+        assert Counter(node.op_type for node in (*branch.node, *constants)) == kinds
+    assert {"Cos", "Sin"} <= {node.op_type for node in constants}, "tables are computed once, when the model is loaded"
 
 
 @pytest.mark.parametrize("operators", ["ort", "standard"])

@@ -8,6 +8,7 @@ when they are loaded; the files of a bundle stay two, for runtimes that choose t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,13 @@ def compose_graphs(prefill: Path, decode: Path) -> onnx.ModelProto:
         for phase, path in ((Phase.PREFILL, prefill), (Phase.DECODE, decode))
     }
     graphs = {phase: model.graph for phase, model in models.items()}
-    weights: dict[bytes, onnx.TensorProto] = {}
+    shared = _Shared()
     inputs = _by_name(value for graph in graphs.values() for value in graph.input)
     outputs = _by_name(value for graph in graphs.values() for value in graph.output)
     num_logits = outputs["logits"].type.tensor_type.shape.dim[1]
     num_logits.Clear()
     num_logits.dim_param = "logits"  # of the last token alone, or of all: each branch says its own
-    branches = {phase: _branch(graph, phase, outputs, weights) for phase, graph in graphs.items()}
+    branches = {phase: _branch(graph, phase, outputs, shared) for phase, graph in graphs.items()}
     choose = onnx.helper.make_node(
         "If",
         [PHASE_INPUT],
@@ -49,7 +50,11 @@ def compose_graphs(prefill: Path, decode: Path) -> onnx.ModelProto:
     )
     asked = onnx.helper.make_tensor_value_info(PHASE_INPUT, onnx.TensorProto.BOOL, [])
     graph = onnx.helper.make_graph(
-        [choose], "both phases", [*inputs.values(), asked], list(outputs.values()), list(weights.values())
+        [*shared.nodes.values(), choose],
+        "both phases",
+        [*inputs.values(), asked],
+        list(outputs.values()),
+        list(shared.weights.values()),
     )
     opsets = {opset.domain: opset for model in models.values() for opset in model.opset_import}
     return onnx.helper.make_model(
@@ -68,25 +73,65 @@ def _by_name(values: Iterable[onnx.ValueInfoProto]) -> dict[str, onnx.ValueInfoP
     return found
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What both branches find outside of themselves, by its content: weights, and nodes that compute from weights alone."""
+
+    weights: dict[bytes, onnx.TensorProto] = field(default_factory=dict)
+    nodes: dict[bytes, onnx.NodeProto] = field(default_factory=dict)
+
+    def weight(self, initializer: onnx.TensorProto) -> str:
+        """The name under which both know an initializer: the same bytes of a file have the same."""
+        import onnx
+
+        content = onnx.TensorProto()
+        content.CopyFrom(initializer)
+        content.ClearField("name")
+        known = self.weights.setdefault(content.SerializeToString(deterministic=True), content)
+        if not known.name:
+            known.name = f"weight.{len(self.weights) - 1}"
+        return known.name
+
+    def constants(self, node: onnx.NodeProto, inputs: Iterable[str]) -> list[str]:
+        """The names of what a node gives whose `inputs` are shared: rotary tables, for one, which onnxruntime computes once."""
+        import onnx
+
+        content = onnx.NodeProto()
+        content.CopyFrom(node)
+        content.ClearField("name")
+        content.input[:] = inputs
+        content.output[:] = ["?" if name else "" for name in node.output]
+        key = content.SerializeToString(deterministic=True)
+        if key not in self.nodes:
+            content.name = f"constant.{len(self.nodes)}"
+            content.output[:] = [f"{content.name}.{index}" if name else "" for index, name in enumerate(node.output)]
+            self.nodes[key] = content
+        return list(self.nodes[key].output)
+
+
 def _branch(
-    graph: onnx.GraphProto,
-    phase: Phase,
-    outputs: Mapping[str, onnx.ValueInfoProto],
-    weights: dict[bytes, onnx.TensorProto],
+    graph: onnx.GraphProto, phase: Phase, outputs: Mapping[str, onnx.ValueInfoProto], shared: _Shared
 ) -> onnx.GraphProto:
-    """A graph as a branch that gives `outputs`. Its weights are collected in `weights`, where equal ones are one."""
+    """A graph as a branch that gives `outputs`. What does not depend on its inputs goes to `shared`."""
     import onnx
 
-    names = {value.name: value.name for value in graph.input}
+    names = {"": "", **{value.name: value.name for value in graph.input}}
+    constants = {""}
     for initializer in graph.initializer:
-        names[initializer.name] = _shared_weight(initializer, weights)
+        names[initializer.name] = shared.weight(initializer)
+        constants.add(initializer.name)
     nodes = []
     for node in graph.node:
+        if constants.issuperset(node.input):
+            names.update(zip(node.output, shared.constants(node, [names[name] for name in node.input]), strict=True))
+            constants.update(node.output)
+            continue
+        names.update({name: f"{phase}/{name}" for name in node.output if name})
         copied = onnx.NodeProto()
         copied.CopyFrom(node)
         copied.name = f"{phase}/{node.name}"
-        for mine, theirs in ((copied.input, node.input), (copied.output, node.output)):
-            mine[:] = [names.get(name, f"{phase}/{name}") if name else "" for name in theirs]
+        copied.input[:] = [names[name] for name in node.input]
+        copied.output[:] = [names[name] for name in node.output]
         nodes.append(copied)
     written = {value.name: value for value in graph.output}
     results = []
@@ -99,16 +144,3 @@ def _branch(
             past = name.replace("present", "past_key_values")
             nodes.append(onnx.helper.make_node("Identity", [past], [result.name], name=result.name))
     return onnx.helper.make_graph(nodes, str(phase), [], results)
-
-
-def _shared_weight(initializer: onnx.TensorProto, weights: dict[bytes, onnx.TensorProto]) -> str:
-    """The name under which both branches know an initializer: the same bytes of a file have the same."""
-    import onnx
-
-    content = onnx.TensorProto()
-    content.CopyFrom(initializer)
-    content.ClearField("name")
-    known = weights.setdefault(content.SerializeToString(deterministic=True), content)
-    if not known.name:
-        known.name = f"weight.{len(weights) - 1}"
-    return known.name

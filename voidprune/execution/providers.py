@@ -64,7 +64,7 @@ def open_sessions(folder: Path, manifest: Manifest, *, provider: str, prepack: b
     if prepack and is_pair and not is_widened:
         composed = compose_graphs(graphs[Phase.PREFILL], graphs[Phase.DECODE])
         session = _open_session(composed.SerializeToString(), folder, provider=provider, prepack=True)
-        branches = {branch.g.name: branch.g for branch in composed.graph.node[0].attribute}
+        branches = {branch.g.name: branch.g for branch in composed.graph.node[-1].attribute}
         return OpenSessions(
             by_phase=dict.fromkeys(Phase, session),
             choices={phase: {PHASE_INPUT: np.array(phase is Phase.PREFILL)} for phase in Phase},
