@@ -165,6 +165,37 @@ def test_write_file_below_a_file_is_a_named_error(tmp_path: Path) -> None:
         artifacts.write_file(tmp_path / "file" / "below", b"x")
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 250, "é" * 120, f"{'a' * 300}/x", "bb/" * 2000 + "x"])
+def test_a_name_that_is_too_long_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    for check in (
+        lambda path: artifacts.check_output_file(path, overwrite=False),
+        lambda path: artifacts.check_output_folder(path, overwrite=False, marker="m"),
+        lambda path: artifacts.write_file(path, b"x"),
+    ):
+        with pytest.raises(OutputError, match="too long to be written"):
+            check(tmp_path / name)
+    with pytest.raises(OutputError, match="too long"), artifacts.staged_folder(tmp_path / name, marker="m"):
+        pytest.fail("the block must not run")
+    assert names(tmp_path) == []
+
+
+def test_the_longest_name_that_is_let_through_can_be_written(tmp_path: Path) -> None:
+    longest = "a" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 32)
+    artifacts.write_file(tmp_path / longest, b"x")
+    with artifacts.staged_folder(tmp_path / f"b{longest[1:]}", marker="m"):
+        pass
+    assert names(tmp_path) == [longest, f"b{longest[1:]}"]
+
+
+@pytest.mark.parametrize("place", ["/proc/x.json", "/proc/new/x.json", "/dev/null/x"])
+def test_where_nobody_makes_files_is_said_at_once(place: str) -> None:
+    """The permissions of /proc allow root everything."""
+    with pytest.raises(OutputError, match="nothing can be written into"):
+        artifacts.check_output_file(Path(place), overwrite=False)
+    with pytest.raises(OutputError, match="nothing can be written into"):
+        artifacts.check_output_folder(Path(place), overwrite=False, marker="m")
+
+
 # ---- folders
 
 

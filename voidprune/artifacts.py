@@ -117,6 +117,7 @@ def write_file(path: Path, content: bytes, *, overwrite: bool = False) -> None:
 
 def check_output_file(path: Path, *, overwrite: bool) -> None:
     """Say early, before hours of work, that a file cannot be written there. Raises OutputError."""
+    _check_name(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder, not a file", hint="give the name of a file with --output")
     if path.exists() and not overwrite:
@@ -126,6 +127,7 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
 
 def check_output_folder(path: Path, *, overwrite: bool, marker: str) -> None:
     """The same for a folder. Only an empty folder, or with `overwrite` one of ours, which holds the file `marker`, may be there."""
+    _check_name(path)
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, not a folder", hint="choose another --output")
     if path.is_dir() and any(path.iterdir()):
@@ -138,10 +140,44 @@ def check_output_folder(path: Path, *, overwrite: bool, marker: str) -> None:
     _check_parent(path)
 
 
+def _check_name(path: Path) -> None:
+    """Refuse names that are too long for the disk, or would be while their file or folder is being written."""
+    try:
+        parent = _nearest_parent(path)
+        limit = os.pathconf(parent, "PC_NAME_MAX")
+        names = path.absolute().parts[len(parent.parts) :]
+        if all(len(os.fsencode(name)) <= limit for name in names) and len(os.fsencode(path.name)) <= limit - _RESERVED:
+            return
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+    raise OutputError(f"the name {_abridge(str(path))} is too long to be written", hint="choose a shorter --output")
+
+
+_RESERVED = 32
+"""Bytes of a name that `write_file`, `staged_folder` and journals add for as long as they write."""
+
+
+def _abridge(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:40]}...{text[-36:]}"
+
+
+def _nearest_parent(path: Path) -> Path:
+    """The folder that is there, below which the others will have to be made."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
 def _check_parent(path: Path) -> None:
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"nothing can be written into {parent}", hint="choose another --output")
+    """What a folder says of its own permissions is not enough: in /proc, say, nobody makes a file, whoever may write there."""
+    parent = _nearest_parent(path)
+    refused = OutputError(f"nothing can be written into {parent}", hint="choose another --output")
+    if not parent.is_dir():
+        raise refused
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise refused from error
 
 
 @contextlib.contextmanager
