@@ -13,7 +13,9 @@ import click
 import voidprune
 from voidprune.cli.bench import bench
 from voidprune.cli.compare import compare
+from voidprune.cli.completion import completion
 from voidprune.cli.demo import demo
+from voidprune.cli.diff import diff
 from voidprune.cli.evaluate import evaluate
 from voidprune.cli.export import export
 from voidprune.cli.generate import generate
@@ -65,6 +67,6 @@ def main() -> None:
 
 
 for command in (
-    profile, probe, plan, compare, heal, export, generate, show, families, evaluate, bench, run, report, demo,
+    profile, probe, plan, compare, heal, export, generate, show, diff, families, evaluate, bench, run, report, demo, completion,
 ):  # fmt: skip
     main.add_command(command)

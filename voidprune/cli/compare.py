@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from voidprune.cli.completion import complete_model
 from voidprune.cli.options import json_option, overwrite_option, quiet_option, seed_option, trial_options
 from voidprune.cli.output import progress_bars, show_result, write_result
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "--keep", "keeps", default="0.9,0.7,0.5,0.3", show_default=True, help="Shares of layers, separated by commas."
 )

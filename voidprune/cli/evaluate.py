@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from voidprune.cli.adaptive import adaptive_command, adaptive_options
+from voidprune.cli.completion import complete_model, complete_tasks
 from voidprune.cli.options import (
     gate_options,
     gates_of,
@@ -30,14 +31,18 @@ if TYPE_CHECKING:
 
 
 @click.command(name="eval")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
-    "--tasks", default="demo", show_default=True, help=f'"demo", {", ".join(TASKS)}, or a JSONL or text file.'
+    "--tasks",
+    shell_complete=complete_tasks,
+    default="demo",
+    show_default=True,
+    help=f'"demo", {", ".join(TASKS)}, or a JSONL or text file.',
 )
 @click.option(
     "--schedule", "schedule_file", type=click.Path(path_type=Path), help="Also run a whole model under a schedule."
 )
-@click.option("--baseline", help="The whole model, to put beside a bundle.")
+@click.option("--baseline", shell_complete=complete_model, help="The whole model, to put beside a bundle.")
 @click.option("--num-samples", type=click.IntRange(min=1), help="Items of a file (default all) or of each task (100).")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from voidprune.cli.completion import complete_model, complete_tasks
 from voidprune.cli.evaluate import gate_export
 from voidprune.cli.options import (
     SAMPLE_OPTIONS,
@@ -31,7 +32,7 @@ from voidprune.cli.plan import print_plan
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @output_option("Folder", required=False)
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="A schedule made by plan.")
 @click.option("--profile", "profile_file", type=click.Path(path_type=Path), help="A profile to plan from.")
@@ -67,7 +68,13 @@ from voidprune.cli.plan import print_plan
 @budget_options
 @trial_options
 @gate_options
-@click.option("--eval-tasks", default="demo", show_default=True, help="What gates are measured on, as eval --tasks.")
+@click.option(
+    "--eval-tasks",
+    shell_complete=complete_tasks,
+    default="demo",
+    show_default=True,
+    help="What gates are measured on, as eval --tasks.",
+)
 @provider_option
 @seed_option
 @click.option("--unverified", is_flag=True, help="Publish a quantized model that cannot be run here, and say so in it.")

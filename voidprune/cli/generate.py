@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from voidprune.cli.chat import converse_on_terminal
+from voidprune.cli.completion import complete_model
 from voidprune.cli.options import provider_option, seed_option
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option("--prompt", "texts", multiple=True, help='Text of a user\'s turn; "-" reads standard input. Repeatable.')
 @click.option("--prompts", "file", type=click.Path(path_type=Path), help="Many of them: JSONL, or paragraphs of text.")
 @click.option("--chat", is_flag=True, help="Take turns in the terminal, or line by line on a pipe.")

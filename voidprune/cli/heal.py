@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from voidprune.cli.completion import complete_model, complete_tasks
 from voidprune.cli.options import (
     Layers,
     device_option,
@@ -101,7 +102,7 @@ def training_settings(
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @output_option("Folder")
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="Made by plan.")
 @click.option(
@@ -129,7 +130,9 @@ def training_settings(
     help="Several: one after the other. Default: linear.",
 )
 @click.option(
-    "--dataset", help='A JSONL or text file, "demo", or one of its tasks. Default: prompts that ship with it.'
+    "--dataset",
+    shell_complete=complete_tasks,
+    help='A JSONL or text file, "demo", or one of its tasks. Default: prompts that ship with it.',
 )
 @click.option("--num-samples", type=click.IntRange(min=2), help="Use the first N samples of a file, or of each task.")
 @responses_option

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from voidprune.cli.completion import complete_tasks
 from voidprune.planning.budgets import Budget, parse_amount, parse_layers
 from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.search import GOALS, SEARCHES
@@ -122,8 +123,16 @@ budget_options = together(
 
 trial_options = together(
     [
-        click.option("--dataset", help='To choose by: a JSONL or text file, "demo", or one of its tasks.'),
-        click.option("--judging", help="To judge by, in place of every second sample of --dataset."),
+        click.option(
+            "--dataset",
+            shell_complete=complete_tasks,
+            help='To choose by: a JSONL or text file, "demo", or one of its tasks.',
+        ),
+        click.option(
+            "--judging",
+            shell_complete=complete_tasks,
+            help="To judge by, in place of every second sample of --dataset.",
+        ),
         responses_option,
         click.option("--num-samples", type=click.IntRange(min=2), help="Use the first N samples only."),
         click.option("--num-judging", type=click.IntRange(min=1), help="To judge by, of --judging or of each task."),

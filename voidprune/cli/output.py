@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ def show_result(document: Mapping[str, Any], table: Callable[[Any], Any], value:
 def print_tables(*tables: Any) -> None:
     from rich.console import Console
 
+    if isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
+        sys.stdout.reconfigure(errors="replace")  # a sign that the terminal lacks is no reason to show nothing
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 100

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from voidprune.cli.completion import complete_source
 from voidprune.cli.options import (
     budget_options,
     json_option,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", metavar="PROFILE|MODEL")
+@click.argument("source", metavar="PROFILE|MODEL", shell_complete=complete_source)
 @output_option("Schedule", required=False)
 @click.option("--profile", "profile_file", type=click.Path(path_type=Path), help="With a MODEL: its profile.")
 @click.option(

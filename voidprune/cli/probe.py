@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from voidprune.cli.completion import complete_model, complete_tasks
 from voidprune.cli.options import Layers, json_option, output_option, overwrite_option, quiet_option, seed_option
 from voidprune.cli.output import print_tables, progress_bars
 
@@ -15,7 +16,7 @@ SCOPES = ("prompt", "published")
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @output_option("Probe")
 @click.option(
     "--intervention",
@@ -35,7 +36,11 @@ SCOPES = ("prompt", "published")
 )
 @click.option("--depths", type=Layers(), help="First layers to change states before, such as 0,4-11. Default: all.")
 @click.option(
-    "--tasks", default="capitals", show_default=True, help='"capitals", "demo" or one of its tasks, or a file.'
+    "--tasks",
+    shell_complete=complete_tasks,
+    default="capitals",
+    show_default=True,
+    help='"capitals", "demo" or one of its tasks, or a file.',
 )
 @click.option("--num-samples", type=click.IntRange(min=1), help="Items of each task, or of the file.")
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from voidprune.cli.completion import complete_model
 from voidprune.cli.options import calibration_options, json_option, output_option, overwrite_option, quiet_option
 from voidprune.cli.output import progress_bars, show_result
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @output_option("Profile")
 @calibration_options
 @overwrite_option

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from voidprune.cli.completion import complete_model
 from voidprune.cli.options import output_option, overwrite_option, quiet_option
 from voidprune.cli.output import print_tables, progress_bars
 
@@ -24,7 +25,7 @@ COMPRESSION_OPTIONS = ("rerun", "dry_run")
 @click.command()
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @output_option("Folder")
-@click.option("--model", help="Instead of the recipe's model.")
+@click.option("--model", shell_complete=complete_model, help="Instead of the recipe's model.")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Instead of the recipe's.")
 @click.option("--rerun", metavar="STEP", multiple=True, help="Do this step of a compression again, and what follows.")
 @click.option("--dry-run", is_flag=True, help="Print the steps of a compression and which of them would run.")

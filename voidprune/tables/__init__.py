@@ -1,6 +1,7 @@
 """Artefacts as text for a terminal of 80 columns: heat maps and tables. Nothing is computed here."""
 
 from voidprune.tables.bundles import describe_fidelity, manifest_table
+from voidprune.tables.differences import diff_tables
 from voidprune.tables.experiments import adaptive_tables, probe_tables
 from voidprune.tables.figures import format_bytes
 from voidprune.tables.profiles import cuts_table, profile_table
@@ -15,6 +16,7 @@ __all__ = [
     "cuts_table",
     "describe_fidelity",
     "describe_origin",
+    "diff_tables",
     "evaluation_table",
     "format_bytes",
     "free_part_table",

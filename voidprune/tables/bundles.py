@@ -20,17 +20,13 @@ def manifest_table(manifest: Manifest) -> Table:
         "executed in prefill": str(schedule.num_executed(Phase.PREFILL)),
         "executed in decode": str(schedule.num_executed(Phase.DECODE)),
         "weights": f"{format_bytes(manifest.weight_bytes)} {dtype}, of {format_bytes(manifest.source_bytes)}",
-        "graphs": ", ".join(
-            f"{file} {format_bytes(manifest.sizes[file])}"
-            for file in dict.fromkeys(graph.file for graph in manifest.graphs.values())
-        )
-        or "none",
+        "graphs": _describe_graphs(manifest),
         "written by": manifest.written_by,
     }
     if quantization is not None:
         rows |= {
-            "weights of the graphs": f"{format_bytes(manifest.graph_weight_bytes)} {quantization.precision}, "
-            f"{quantization.average_bits:.3g} bits a weight of the layers, in blocks of {quantization.block_size}"
+            "weights of the graphs": f"{format_bytes(manifest.graph_weight_bytes)} {quantization.precision},\n"
+            f"{quantization.average_bits:.3g} bits a weight of the layers,\nin blocks of {quantization.block_size}"
             f"{' with zero points' if quantization.zero_points else ''}",
             "error of weights": f"{quantization.weight_error:.2%}",
             "beside unpacked weights": describe_fidelity(quantization.fidelity),
@@ -55,11 +51,24 @@ def manifest_table(manifest: Manifest) -> Table:
     return table
 
 
+OPERATOR_SETS = {"ort": "fused ones of onnxruntime (ort)", "standard": "the ONNX standard alone (standard)"}
+LAYOUTS = {1: "one graph for both phases (single)", 2: "a graph a phase (pair)"}
+
+
+def _describe_graphs(manifest: Manifest) -> str:
+    """Files, layout and operators, a line each."""
+    files = list(dict.fromkeys(graph.file for graph in manifest.graphs.values()))
+    if not files:
+        return "none"
+    sizes = [f"{file} {format_bytes(manifest.sizes[file])}" for file in files]
+    return "\n".join([*sizes, f"layout: {LAYOUTS[len(files)]}", f"operators: {OPERATOR_SETS[manifest.operators]}"])
+
+
 def describe_fidelity(fidelity: Fidelity | None) -> str:
     """What packing changed, in one line."""
     if fidelity is None:
         return "not measured: the model could not answer prompts where it was exported"
     return (
-        f"perplexity x {fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.2g} nats, same likeliest token {fidelity.top1:.1%} "
-        f"({fidelity.num_tokens:,} tokens)"
+        f"perplexity x {fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.2g} nats,\n"
+        f"same likeliest token {fidelity.top1:.1%} ({fidelity.num_tokens:,} tokens)"
     )

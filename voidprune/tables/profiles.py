@@ -13,6 +13,7 @@ from voidprune.planning.intervals import Cut
 from voidprune.profiling.profile import LayerStatistics, Profile
 from voidprune.schedule import Phase
 from voidprune.tables.figures import draw_bar
+from voidprune.tables.heat_maps import profile_map
 
 _COLUMNS = (
     ("block-influence", "layer"),
@@ -23,10 +24,12 @@ _COLUMNS = (
 
 
 def profile_table(profile: Profile) -> Group:
-    """A table a phase, layer by layer, then one of the spans; each figure with its interval where there is one."""
+    """A heat map, then a table a phase, layer by layer, and one of the spans; each figure with its interval where there is one."""
     replicates = {phase: intervals.resample_statistics(profile, [phase]) for phase in Phase}
     return Group(
-        *(_layers_table(profile, phase, replicates[phase]) for phase in Phase), _spans_table(profile, replicates)
+        profile_map(profile),
+        *(_layers_table(profile, phase, replicates[phase]) for phase in Phase),
+        _spans_table(profile, replicates),
     )
 
 

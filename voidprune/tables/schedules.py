@@ -4,36 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from voidprune.models.sizes import ModelSizes
 from voidprune.planning.costs import PROMPT_LENGTH, baseline_costs, schedule_costs
-from voidprune.schedule import LayerAction, Phase, Schedule
+from voidprune.schedule import Phase, Schedule
 from voidprune.tables.figures import format_bytes, format_flops
+from voidprune.tables.heat_maps import ACTION_NAMES, schedule_map
 
 if TYPE_CHECKING:
     from voidprune.pipeline.planning import FreePart
 
-_SYMBOLS = {
-    LayerAction.FULL: "full",
-    LayerAction.SKIP_MLP: "attention",
-    LayerAction.SKIP_ATTENTION: "mlp",
-    LayerAction.KV_MLP: "K/V + mlp",
-    LayerAction.KV_ONLY: "K/V only",
-    LayerAction.SKIP: "-",
-}
+
+def schedule_table(schedule: Schedule) -> Group:
+    """The actions as a strip a phase, then layer by layer in words."""
+    return Group(schedule_map(schedule), _actions_table(schedule))
 
 
-def schedule_table(schedule: Schedule) -> Table:
+def _actions_table(schedule: Schedule) -> Table:
     table = Table(title=f"{schedule.model.name}: {describe_origin(schedule)}")
     table.add_column("layer", justify="right", no_wrap=True)
-    table.add_column("prefill")
-    table.add_column("decode")
-    table.add_column("in checkpoint")
+    for name in ("prefill", "decode", "in checkpoint"):
+        table.add_column(name, no_wrap=True)
     for layer in range(schedule.num_layers):
         actions = [schedule.actions(phase)[layer] for phase in Phase]
-        styled = [Text(_SYMBOLS[action], style="" if action.executes else "dim") for action in actions]
+        styled = [Text(ACTION_NAMES[action], style="" if action.executes else "dim") for action in actions]
         table.add_row(str(layer), *styled, "yes" if layer in schedule.union else "dropped")
     return table
 
