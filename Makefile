@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-genai test-optimum check bench-profile bench-export bench-memory bench-precision install clean
+.PHONY: demo test test-genai test-optimum check docs bench-profile bench-export bench-memory bench-precision install clean
 
 demo: .venv/installed
 	$(BIN)/voidprune demo --output out/demo --overwrite
@@ -21,6 +21,11 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/cli.md, from the help texts.
+docs: .venv/installed
+	$(BIN)/python -m voidprune.cli.reference > docs/cli.md.new
+	mv docs/cli.md.new docs/cli.md
 
 bench-profile: .venv/installed
 	$(BIN)/python benchmarks/profiling.py

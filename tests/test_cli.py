@@ -27,12 +27,14 @@ COMMANDS = (
     "export",
     "generate",
     "show",
+    "diff",
     "families",
     "eval",
     "bench",
     "run",
     "report",
     "demo",
+    "completion",
 )
 
 

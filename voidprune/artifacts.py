@@ -16,13 +16,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from voidprune.errors import ArtifactError, OutputError
 
 Document = dict[str, Any]
+_PIECE = 1 << 20
 
 
 def canonical_bytes(document: Mapping[str, Any]) -> bytes:
@@ -31,10 +32,14 @@ def canonical_bytes(document: Mapping[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def file_hash(path: Path) -> str:
-    """`sha256:<hex>` of a file, read in pieces."""
+def file_hash(path: Path, *, advance: Callable[[int], None] = lambda _bytes: None) -> str:
+    """`sha256:<hex>` of a file, read in pieces. `advance` is told the bytes of each."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            advance(len(piece))
+    return f"sha256:{digest.hexdigest()}"
 
 
 def schema_key(kind: str, version: int) -> str:

@@ -19,7 +19,11 @@ from voidprune.cli.output import print_tables, progress_bars
 @overwrite_option
 @quiet_option
 def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) -> None:
-    """The whole main job on the model that ships: profile, compare criteria, export, verify, evaluate, bench, report."""
+    """The whole main job on the model that ships: profile, compare criteria, export, verify, evaluate, bench, report.
+
+    \b
+      voidprune demo -o out/demo --num-items 20
+    """
     from voidprune import artifacts, walkthrough
     from voidprune.report import render_report
     from voidprune.tables import (

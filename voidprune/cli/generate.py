@@ -13,7 +13,8 @@ import click
 
 from voidprune.cli.chat import converse_on_terminal
 from voidprune.cli.completion import complete_model
-from voidprune.cli.options import provider_option, seed_option
+from voidprune.cli.options import provider_option, quiet_option, seed_option
+from voidprune.cli.output import progress_bars
 
 if TYPE_CHECKING:
     from voidprune.models.pretrained import Message
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 )
 @provider_option
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a prompt, a line each.")
+@quiet_option
 def generate(
     model: str,
     texts: tuple[str, ...],
@@ -66,6 +68,7 @@ def generate(
     context: int | None,
     provider: str | None,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Answer prompts, or chat. A bundle runs in onnxruntime, a model in torch.
 
@@ -104,7 +107,7 @@ def generate(
         if chat:
             converse_on_terminal(Chat(speaker, style, system=system, raw=raw, max_positions=context))
         else:
-            _answer_all(speaker, turns, style, raw=raw, batch_size=batch_size, as_json=as_json)
+            _answer_all(speaker, turns, style, raw=raw, batch_size=batch_size, as_json=as_json, quiet=quiet)
 
 
 def _read(text: str) -> str:
@@ -129,28 +132,36 @@ def _answer_all(
     raw: bool,
     batch_size: int,
     as_json: bool,
+    quiet: bool,
 ) -> None:
+    """A bar only where answers go elsewhere: on a terminal they are seen as they come."""
     from voidprune.pipeline.generation import encode_prompt, generate_texts
 
+    track = progress_bars(quiet or len(turns) < 2 or sys.stdout.isatty())
     prompts = [encode_prompt(speaker.tokenizer, messages, raw=raw) for messages in turns]
-    for start in range(0, len(prompts), batch_size):
-        pieces = generate_texts(speaker, prompts[start : start + batch_size], style)
-        for row, answer in _in_order(pieces, len(prompts[start : start + batch_size])):
-            number = start + row
-            if as_json:
-                whole = list(answer)
-                document = {
-                    "prompt": turns[number][-1]["content"],
-                    "response": "".join(piece.text for piece in whole),
-                    "ended_by": str(whole[-1].ending),
-                }
-                click.echo(json.dumps(document, ensure_ascii=False))
-                continue
-            if len(prompts) > 1:
-                click.echo(f"--- {number + 1}")
-            for piece in answer:
-                click.echo(piece.text, nl=False)
-            click.echo()
+    with track("answering", len(prompts), "prompts") as advance:
+        for start in range(0, len(prompts), batch_size):
+            pieces = generate_texts(speaker, prompts[start : start + batch_size], style)
+            for row, answer in _in_order(pieces, len(prompts[start : start + batch_size])):
+                number = start + row
+                if as_json:
+                    _print_document(turns[number][-1]["content"], list(answer))
+                else:
+                    if len(prompts) > 1:
+                        click.echo(f"--- {number + 1}")
+                    for piece in answer:
+                        click.echo(piece.text, nl=False)
+                    click.echo()
+                advance(1)
+
+
+def _print_document(prompt: str, answer: Sequence[Piece]) -> None:
+    document = {
+        "prompt": prompt,
+        "response": "".join(piece.text for piece in answer),
+        "ended_by": str(answer[-1].ending),
+    }
+    click.echo(json.dumps(document, ensure_ascii=False))
 
 
 def _in_order(pieces: Iterable[Piece], num_rows: int) -> Iterator[tuple[int, Iterator[Piece]]]:

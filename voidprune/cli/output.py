@@ -45,21 +45,83 @@ def print_tables(*tables: Any) -> None:
 
 def progress_bars(quiet: bool) -> Callable[[str, int | None, str], Any]:
     """Progress bars on stderr with rate and time left; silent when stderr is not a terminal."""
+    if quiet or not sys.stderr.isatty():
+        from voidprune.pipeline.progress import untracked
+
+        return untracked
 
     @contextmanager
     def track(what: str, total: int | None, unit: str) -> Iterator[Advance]:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+        from rich.table import Column
         from rich.text import Text
 
-        class Rate(ProgressColumn):
-            def render(self, task: Task) -> Text:
-                return Text(f"{task.finished_speed or task.speed or 0:,.0f} {unit}/s")
+        class Told(ProgressColumn):
+            """One of the texts of `describe_progress`."""
 
+            def __init__(self, place: int) -> None:
+                self.place = place
+                super().__init__(Column(no_wrap=True, justify="right"))
+
+            def render(self, task: Task) -> Text:
+                told = describe_progress(
+                    unit,
+                    done=task.completed,
+                    total=task.total,
+                    rate=task.finished_speed or task.speed,
+                    elapsed=task.finished_time if task.finished else task.elapsed,
+                    remaining=task.time_remaining,
+                )
+                return Text(told[self.place])
+
+        columns = [
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            *(Told(place) for place in range(3)),
+        ]
         console = Console(stderr=True)
-        columns = [TextColumn("{task.description}"), BarColumn(), Rate(), TimeRemainingColumn()]
-        with Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty()) as progress:
+        with Progress(*columns, console=console, expand=True, speed_estimate_period=_MEMORY) as progress:
             task = progress.add_task(what, total=total)
             yield lambda amount: progress.advance(task, amount)
 
     return track
+
+
+_MEMORY = 300.0  # seconds over which a rate is averaged: single steps may take minutes
+
+
+def describe_progress(
+    unit: str,
+    *,
+    done: float,
+    total: float | None,
+    rate: float | None,
+    elapsed: float | None,
+    remaining: float | None,
+) -> tuple[str, str, str]:
+    """How far, how fast and how long still: of a step whose end is not known, or that is over, how long it has taken."""
+    from voidprune.tables.figures import format_bytes
+
+    def amount(number: float) -> str:
+        return format_bytes(number) if unit == "bytes" else f"{number:,.0f} {unit}"
+
+    far = amount(done) if total is None else f"{done / total:.0%}" if total else ""
+    if not done:
+        far = ""
+    if not rate:
+        fast = ""
+    elif unit == "bytes":
+        fast = f"{format_bytes(rate)}/s"
+    else:
+        fast = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
+    is_over = total is not None and done >= total
+    if total is None or is_over:
+        return far, fast, _clock(elapsed or 0)
+    return far, fast, "" if remaining is None else f"{_clock(remaining)} left"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from voidprune import artifacts
@@ -12,12 +13,18 @@ from voidprune.models.checkpoint import read_header, weights_hash
 _HINT = "export the model again, or copy the whole folder again"
 
 
-def check_files(folder: Path, manifest: Manifest, *, verify_hashes: bool = False) -> None:
+def check_files(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    verify_hashes: bool = False,
+    advance: Callable[[int], None] = lambda _bytes: None,
+) -> None:
     """Raise CheckpointError for weights, and ArtifactError for graphs, that are not those of the manifest.
 
     The graphs say where in the weight files each tensor lies, so weights of another layout would give wrong logits without a
     word: sizes and headers are compared in any case, and so are the graphs themselves, kilobytes each. Damage within a tensor is
-    only found with `verify_hashes`, which reads every file.
+    only found with `verify_hashes`, which reads every file; `advance` is told the bytes that were read for it.
     """
     for name in manifest.weight_files:
         if not (folder / name).is_file():
@@ -37,16 +44,20 @@ def check_files(folder: Path, manifest: Manifest, *, verify_hashes: bool = False
         _check_hash(folder, graph.file, manifest, error=ArtifactError)
     if verify_hashes:
         for name in manifest.files:
-            _check_hash(
-                folder, name, manifest, error=CheckpointError if name in manifest.weight_files else ArtifactError
-            )
+            error = CheckpointError if name in manifest.weight_files else ArtifactError
+            _check_hash(folder, name, manifest, error=error, advance=advance)
 
 
 def _check_hash(
-    folder: Path, name: str, manifest: Manifest, *, error: type[CheckpointError] | type[ArtifactError]
+    folder: Path,
+    name: str,
+    manifest: Manifest,
+    *,
+    error: type[CheckpointError] | type[ArtifactError],
+    advance: Callable[[int], None] = lambda _bytes: None,
 ) -> None:
     path = folder / name
     if not path.is_file():
         raise error(f"{folder} lacks {name}", hint=_HINT)
-    if artifacts.file_hash(path) != manifest.files.get(name):
+    if artifacts.file_hash(path, advance=advance) != manifest.files.get(name):
         raise error(f"{path} is not the file that was exported: swapped, edited or damaged", hint=_HINT)

@@ -19,7 +19,7 @@ from voidprune.pipeline.models import default_provider
 from voidprune.pipeline.precision import PackingRequest, choose_packing, measure_fidelity
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.profiling.calibration import Sample
-from voidprune.quality.parity import verify_bundle
+from voidprune.quality.parity import count_passes, verify_bundle
 from voidprune.schedule import Schedule
 
 
@@ -92,8 +92,15 @@ def export_model(
             copying.close()
             parity = None
             if not unverified:
-                with track("verifying", None, "steps"):
-                    parity = verify_bundle(stage, source=checkpoint, schedule=schedule, provider=provider, seed=seed)
+                with track("verifying", count_passes(stage), "runs") as advance_runs:
+                    parity = verify_bundle(
+                        stage,
+                        source=checkpoint,
+                        schedule=schedule,
+                        provider=provider,
+                        seed=seed,
+                        on_pass=lambda: advance_runs(1),
+                    )
             if accept is not None:
                 accept(stage)
             return parity

@@ -34,7 +34,7 @@ from voidprune.pipeline.samples import Answering, prepare_samples
 from voidprune.planning.budgets import Budget
 from voidprune.profiling.calibration import Row, Sample, fingerprint_samples
 from voidprune.quality.evaluation import evaluate
-from voidprune.quality.parity import check_bundle
+from voidprune.quality.parity import check_bundle, count_passes
 from voidprune.schedule import Schedule, full_schedule
 
 if TYPE_CHECKING:
@@ -249,10 +249,10 @@ def heal_model(
 
     def verify(stage: Path) -> Parity:
         """The folder gives what the whole model gives with the same weights changed, in the dtype of the folder."""
-        with track("verifying", None, "steps"):
+        with track("verifying", count_passes(stage), "runs") as advance:
             source = load_model(checkpoint.folder, dtype=precision_name(checkpoint.dtype), device=device)
             load_weights(source, state)
-            return check_bundle(stage, source=source, schedule=patient.schedule)
+            return check_bundle(stage, source=source, schedule=patient.schedule, on_pass=lambda: advance(1))
 
     manifest = export_bundle(
         checkpoint,

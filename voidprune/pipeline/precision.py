@@ -158,14 +158,14 @@ def prepare_samples(
     if not generates:
         require_responses(samples)
         return samples
-    with track("answering", None, "tokens") as advance:
+    with track("answering", len(samples), "samples") as advance:
         return generate_responses(
             model,
             samples,
             max_new_tokens=max_new_tokens,
             end_tokens=ends,
             batch_size=calibrated.batch_size,
-            on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
+            on_progress=lambda num_samples, _num_tokens: advance(num_samples),
         )
 
 

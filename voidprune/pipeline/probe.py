@@ -162,7 +162,7 @@ class _Items:
             for index, sample in enumerate(samples)
             if not sample.choices and (sample.answer is not None or sample.response is None)
         ]
-        with track("answering", None, "tokens") as advance:
+        with track("answering", len(missing), "samples") as advance:
             found = generate_responses(
                 subject.model,
                 [replace(samples[index], response=None) for index in missing],
@@ -170,7 +170,7 @@ class _Items:
                 end_tokens=subject.ends,
                 batch_size=settings.batch_size,
                 journal=journal,
-                on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
+                on_progress=lambda num_samples, _num_tokens: advance(num_samples),
             )
         for index, sample in zip(missing, found, strict=True):
             self.samples[index] = sample

@@ -78,7 +78,7 @@ def profile_model(
     with Journal(output, key={**settings, **_numerics()}, overwrite=overwrite) as journal:
         model = load_model(checkpoint.folder, dtype=dtype, device=device)
         if responses == "generate":
-            with track("generating", None, "tokens") as advance:
+            with track("generating", len(samples), "samples") as advance:
                 samples = generate_responses(
                     model,
                     samples,
@@ -86,7 +86,7 @@ def profile_model(
                     end_tokens=ends,
                     batch_size=batch_size,
                     journal=journal,
-                    on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
+                    on_progress=lambda num_samples, _num_tokens: advance(num_samples),
                 )
         num_tokens = sum(len(sample.prompt) + len((sample.response or ())[1:]) for sample in samples)
         with track("tracing", num_tokens, "tokens") as advance:

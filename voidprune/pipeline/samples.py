@@ -49,12 +49,12 @@ def prepare_samples(
         require_responses(samples)
         return samples
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
-    with track("answering", None, "tokens") as advance:
+    with track("answering", len(samples), "samples") as advance:
         return generate_responses(
             model,
             samples,
             max_new_tokens=answering.max_new_tokens,
             end_tokens=ends,
             batch_size=answering.batch_size,
-            on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
+            on_progress=lambda num_samples, _num_tokens: advance(num_samples),
         )

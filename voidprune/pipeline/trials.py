@@ -148,14 +148,14 @@ def open_trials(
         if responses == "dataset":
             require_responses(samples)
             return samples
-        with track(f"answering, {what}", None, "tokens") as advance:
+        with track(f"answering, {what}", len(samples), "samples") as advance:
             return generate_responses(
                 model,
                 samples,
                 max_new_tokens=max_new_tokens,
                 end_tokens=ends,
                 batch_size=batch_size,
-                on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
+                on_progress=lambda num_samples, _num_tokens: advance(num_samples),
             )
 
     choosing = prepare(rows, "to choose")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +34,14 @@ def check_packed(
     provider: str = "cpu",
     seed: int = 0,
     layer_streamed: bool = False,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Parity:
     """Compare graphs that read packed matrices with the source model, run in float32 with what these matrices mean.
 
     The graphs without rounding of activations must stay within TOLERANCE. Those that round may be twice as far from the reference
     as the reference is when what its linear layers read is rounded alike. With `layer_streamed`, decoder layers are in memory
-    one at a time, and compared is one pass without a cache. Raises ParityError, ModelError.
+    one at a time, and compared is one pass without a cache. `on_pass` is called after each run of a model.
+    Raises ParityError, ModelError.
     """
     manifest = read_manifest(folder)
     quantization = manifest.quantization
@@ -59,18 +61,22 @@ def check_packed(
         reference = opened.enter_context(scheduled(model, schedule))
         expected = drive.run_reference(reference)
         require_finite(expected, name=source.name)
+        on_pass()
         tolerance = None
         if quantization.activations == "int8":
             with _rounded_activations(model, block_size=quantization.block_size):
                 tolerance = 2 * largest_difference(drive.run_reference(reference), expected)
+            on_pass()
     del model, reference
     rounded = None
     if tolerance is not None:
         rounded = largest_difference(drive.run_session(BundleSession(folder, provider=provider)), expected)
         require(rounded, tolerance, what=f"the ONNX graphs on {provider}, which round activations to 8 bits,")
+        on_pass()
     with _without_rounding(folder, manifest) as exact:
         onnx = largest_difference(drive.run_session(BundleSession(exact, provider=provider)), expected)
     require(onnx, TOLERANCE, what=f"the ONNX graphs on {provider}")
+    on_pass()
     return Parity(hf=None, onnx=onnx, tolerance=TOLERANCE, rounded=rounded, rounded_tolerance=tolerance, **drive.counts)
 
 

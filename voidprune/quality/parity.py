@@ -54,11 +54,13 @@ def verify_bundle(
     provider: str = "cpu",
     seed: int = 0,
     available_bytes: int | None = None,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Parity:
     """Compare a staged bundle with the checkpoint that it was made of, in as much memory as there is.
 
     Source and copy are never in memory together. Where one of them does not fit into `available_bytes` (by default what the
     machine has free), or only the kept layers of the source are on this disk, decoder layers are loaded one at a time.
+    `on_pass` is called after each run of a model, `count_passes` times in all.
     Raises ParityError, ModelError.
     """
     device = "cuda" if provider == "cuda" else "cpu"
@@ -72,7 +74,13 @@ def verify_bundle(
         _require_layer_fits(source, available_bytes)
     if slim.is_packed:
         return check_packed(
-            folder, source=source, schedule=schedule, provider=provider, seed=seed, layer_streamed=not fits
+            folder,
+            source=source,
+            schedule=schedule,
+            provider=provider,
+            seed=seed,
+            layer_streamed=not fits,
+            on_pass=on_pass,
         )
     if fits and source.revision is None:
         dtype = precision_name(manifest.dtype)
@@ -82,14 +90,15 @@ def verify_bundle(
             schedule=schedule,
             provider=provider,
             seed=seed,
+            on_pass=on_pass,
         )
     else:
         _require_layer_fits(source, available_bytes)
-        found = check_layers(folder, source=source, schedule=schedule, provider=provider, seed=seed)
+        found = check_layers(folder, source=source, schedule=schedule, provider=provider, seed=seed, on_pass=on_pass)
     if manifest.quantization is None:
         return found
     packed = check_packed(
-        folder, source=source, schedule=schedule, provider=provider, seed=seed, layer_streamed=not fits
+        folder, source=source, schedule=schedule, provider=provider, seed=seed, layer_streamed=not fits, on_pass=on_pass
     )
     return replace(packed, hf=found.hf, tolerance=found.tolerance)
 
@@ -119,7 +128,13 @@ def free_memory(device: str) -> int:
 
 
 def check_layers(
-    folder: Path, *, source: Checkpoint, schedule: Schedule, provider: str = "cpu", seed: int = 0
+    folder: Path,
+    *,
+    source: Checkpoint,
+    schedule: Schedule,
+    provider: str = "cpu",
+    seed: int = 0,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Parity:
     """Compare a bundle with its source, one decoder layer in memory at a time.
 
@@ -138,7 +153,9 @@ def check_layers(
             streamed_model(checkpoint, through=manifest.dtype, dtype=dtype, device=device, dropped=dropped) as model,
             scheduled(model, actions) as running,
         ):
-            return drive.run_reference(running)
+            logits = drive.run_reference(running)
+        on_pass()
+        return logits
 
     expected = run(source, schedule)
     require_finite(expected, name=source.name)
@@ -151,18 +168,42 @@ def check_layers(
             tolerance = max(TOLERANCE, 2 * largest_difference(stored, expected))
         onnx = largest_difference(drive.run_session(BundleSession(folder, provider=provider, prepack=False)), expected)
         require(onnx, tolerance, what=f"the ONNX graphs on {provider}")
+        on_pass()
     return Parity(hf=hf, onnx=onnx, tolerance=tolerance, **drive.counts)
 
 
 def check_bundle(
-    folder: Path, *, source: PreTrainedModel, schedule: Schedule, provider: str = "cpu", seed: int = 0
+    folder: Path,
+    *,
+    source: PreTrainedModel,
+    schedule: Schedule,
+    provider: str = "cpu",
+    seed: int = 0,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Parity:
     """`verify_bundle` with a source that is loaded already, in the dtype of the bundle, because it serves several checks."""
-    return _check_whole(folder, lambda: source, schedule=schedule, provider=provider, seed=seed)
+    return _check_whole(folder, lambda: source, schedule=schedule, provider=provider, seed=seed, on_pass=on_pass)
+
+
+def count_passes(folder: Path) -> int:
+    """How often `verify_bundle` and `check_bundle` run a model or a bundle, where float32 does not have to be judged by float64."""
+    manifest = read_manifest(folder)
+    passes = 0
+    if manifest.has_checkpoint:
+        passes += 2 + (manifest.dtype != "F32")
+    if (quantization := manifest.quantization) is not None:
+        return passes + (4 if quantization.activations == "int8" else 2)
+    return passes + bool(manifest.graphs)
 
 
 def _check_whole(
-    folder: Path, load_source: Callable[[], PreTrainedModel], *, schedule: Schedule, provider: str, seed: int
+    folder: Path,
+    load_source: Callable[[], PreTrainedModel],
+    *,
+    schedule: Schedule,
+    provider: str,
+    seed: int,
+    on_pass: Callable[[], None],
 ) -> Parity:
     """Raises ParityError, saying what differs and by how much.
 
@@ -179,12 +220,16 @@ def _check_whole(
     def run_source() -> tuple[list[Array], str]:
         source = load_source()
         with scheduled(source, schedule) as reference:
-            return drive.run_reference(reference), str(source.device)
+            found = drive.run_reference(reference), str(source.device)
+        on_pass()
+        return found
 
     def run_slim(dtype: str, *, in_float64: bool = False) -> list[Array]:
         model = load_model(folder, dtype=dtype, device=device)
         with scheduled(model.double() if in_float64 else model, renumbered) as copy:
-            return drive.run_reference(copy)
+            logits = drive.run_reference(copy)
+        on_pass()
+        return logits
 
     expected, device = run_source()  # and the source is out of memory again, where nobody else holds it
     if manifest.dtype == "F32":
@@ -203,6 +248,7 @@ def _check_whole(
     found = None
     if manifest.graphs and manifest.quantization is None:
         found = drive.run_session(BundleSession(folder, provider=provider, prepack=False))
+        on_pass()
     if manifest.dtype == "F32" and max(hf, 0.0 if found is None else largest_difference(found, truth)) > TOLERANCE:
         truth = run_slim("fp32", in_float64=True)
         tolerance = max(TOLERANCE, 2 * largest_difference(stored, truth))
