@@ -81,13 +81,13 @@ def test_the_first_examples_run_one_after_the_other(tmp_path: Path, monkeypatch:
     assert sorted(IN_THEIR_ORDER) == sorted(set(COMMANDS) - {"demo"})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    rows = task_rows("demo", num_items=3)
+    rows = task_rows("demo", num_items=8)
     items = [
         {"prompt": row.messages[0]["content"], "response": row.response, "answer": row.answer, "task": row.group}
         for row in rows
     ]
-    for name in ("prompts.jsonl", "items.jsonl"):
-        (tmp_path / name).write_text("\n".join(map(json.dumps, items)))
+    for name, some in {"prompts.jsonl": items, "items.jsonl": items[::4]}.items():
+        (tmp_path / name).write_text("\n".join(map(json.dumps, some)))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for name in IN_THEIR_ORDER:
         arguments = [*examples(name)[0], *QUICK.get(name, [])]

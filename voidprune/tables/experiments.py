@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from voidprune.schedule import Phase
-from voidprune.tables.figures import SHADES
+from voidprune.tables.figures import SHADES, format_level, format_share, split_columns
 
 _PARTS = ("scored", "generated")
 
@@ -23,19 +23,15 @@ def adaptive_tables(document: Mapping[str, Any]) -> list[Table]:
         title=f"LAC at run time: {document['model']} on {document['dataset']}",
         caption=f"{how}; LAC in {settings['arithmetic']}; 95 % Wilson intervals; same: answers equal to the whole model's",
     )
-    results.add_column("alpha", justify="right", no_wrap=True)
-    results.add_column("run", no_wrap=True)
+    accuracies = _accuracy_tables(runs)
+    for name in ("alpha", "run"):
+        results.add_column(name, justify="right" if name == "alpha" else "left", no_wrap=True)
     if runs[0]["perplexity"] is not None:
         results.add_column("perplexity", justify="right", no_wrap=True)
-    for task, first in runs[0]["accuracy"].items():
-        results.add_column(f"{task} ({first['num_items']})", justify="right")
     if runs[0]["accuracy"]:
-        results.add_column("same", justify="right")
+        results.add_column("same", justify="right", no_wrap=True)
     for run in runs:
-        cells = [] if run["perplexity"] is None else [f"{run['perplexity']:.4f}"]
-        for result in run["accuracy"].values():
-            low, high = result["interval"]
-            cells.append(f"{result['share']:.1%} [{low * 100:.0f}-{high * 100:.0f}]")
+        cells = [] if run["perplexity"] is None else [format_level(run["perplexity"], 4)]
         if run["accuracy"]:
             cells.append(str(run["same_as_whole"]))
         results.add_row(*_run_name(run), *cells)
@@ -66,7 +62,26 @@ def adaptive_tables(document: Mapping[str, Any]) -> list[Table]:
             if "executed" in (rule := run["rules"][part]):
                 executed = (f"{rule['executed'][phase] / document['num_layers']:.0%}" for phase in Phase)
                 usage.add_row(*_run_name(run, part), ", ".join(executed))
-    return [results, usage, histogram]
+    return [results, *accuracies, usage, histogram]
+
+
+def _accuracy_tables(runs: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Shares of right answers with their intervals, as many tasks side by side as 80 columns hold."""
+    names = {f"{task} ({first['num_items']})": task for task, first in runs[0]["accuracy"].items()}
+    longest = max(len(run["name"]) for run in runs)
+    tables = []
+    shown = iter(names.values())
+    for headings in split_columns(list(names), room=80 - 9 - longest - 3, cell=8):
+        table = Table(title="right answers")
+        for name in ("alpha", "run"):
+            table.add_column(name, justify="right" if name == "alpha" else "left", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading.name, justify="right", width=heading.width, overflow="fold")
+        tasks = [next(shown) for _ in headings]
+        for run in runs:
+            table.add_row(*_run_name(run), *(format_share(run["accuracy"][task]) for task in tasks))
+        tables.append(table)
+    return tables
 
 
 def probe_tables(document: Mapping[str, Any]) -> list[Table]:
@@ -126,11 +141,16 @@ def _curves_table(task: str, whole: Mapping[str, Any], results: Sequence[Mapping
             found = curve[depth]
             low, high = found[key]["interval"]
             value, half = found[key]["value"], (high - low) / 2
-            cells.append(f"{value:.0%}±{half * 100:.0f}" if is_answered else f"{value:.4g}±{half:.2g}")
+            cells.append(f"{value:.0%}±{half * 100:.0f}" if is_answered else f"{_ratio(value)}±{_ratio(half)}")
             if switches and one["intervention"] == "switch":
                 cells.append(f"{found['switched']:.0%}")
         table.add_row(str(depth), *cells)
     return table
+
+
+def _ratio(value: float) -> str:
+    """At most five characters, so that five curves stand side by side."""
+    return format_level(value, 3) if value < 99_999 else f"{value:.0e}"
 
 
 def _run_name(run: Mapping[str, Any], *parts: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 SHADES = " ░▒▓█"
@@ -36,9 +37,46 @@ def format_share(found: Mapping[str, Any]) -> str:
     return f"{found['share']:.1%} [{low * 100:.0f}-{high * 100:.0f}]"
 
 
+def format_level(value: float, digits: int) -> str:
+    """A number from 0 up with so many decimals where it is small, fewer where it is large: seven characters or so."""
+    if value >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:.{max(0, digits - max(0, len(f'{value:.0f}') - 1))}f}"
+
+
 def format_spread(spread: Mapping[str, float]) -> str:
-    """Seconds as milliseconds."""
-    return f"{spread['median'] * 1e3:.2f} ({spread['low'] * 1e3:.2f}-{spread['high'] * 1e3:.2f})"
+    """Quartiles: seconds as milliseconds."""
+    return f"{format_level(spread['low'] * 1e3, 2)}-{format_level(spread['high'] * 1e3, 2)}"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The head of a column of figures: a name that may be folded, and how many characters the column has."""
+
+    name: str
+    width: int
+
+
+def split_columns(names: Sequence[str], *, room: int, cell: int) -> list[list[Heading]]:
+    """As many columns side by side as `room` has place for, border and padding included, then a new table, and so on.
+
+    A column is as wide as its figures, `cell`, or as the longest word of its name up to a dozen characters.
+    """
+    tables: list[list[Heading]] = []
+    left = 0
+    for name in names:
+        text = name.replace("-", " ")
+        width = max(cell, min(_LONGEST_WORD, max(map(len, text.split()))))
+        if not tables or left < width + _BORDER:
+            tables.append([])
+            left = room
+        tables[-1].append(Heading(text, width))
+        left -= width + _BORDER
+    return tables
+
+
+_LONGEST_WORD = 12
+_BORDER = 3  # a line and two blanks
 
 
 def draw_bar(share: float, width: int = 6) -> str:

@@ -53,10 +53,7 @@ def _layers_table(profile: Profile, phase: Phase, replicates: Sequence[LayerStat
         shares = name == "lac"
         scores = criterion.score(statistics, 0)
         ranges = intervals.score_intervals(criterion, replicates) if replicates else [None] * len(scores)
-        cells = [
-            _figure(score, found, "6.1%" if shares else ".3f" if score < 100 else ".0f")
-            for score, found in zip(scores, ranges, strict=True)
-        ]
+        cells = [_figure(score, found, is_share=shares) for score, found in zip(scores, ranges, strict=True)]
         if shares:
             cells = [f"{draw_bar(score)} {cell}" for score, cell in zip(scores, cells, strict=True)]
         else:
@@ -67,13 +64,15 @@ def _layers_table(profile: Profile, phase: Phase, replicates: Sequence[LayerStat
     return table
 
 
-def _figure(value: float, interval: tuple[float, float] | None, form: str) -> str:
-    """A value, and half the width of its interval in the same unit."""
-    shown = format(value, form)
-    if interval is None:
-        return shown
-    half = (interval[1] - interval[0]) / 2
-    return f"{shown}±{half * 100:4.1f}" if form.endswith("%") else f"{shown}±{format(half, form).removeprefix('0')}"
+def _figure(value: float, interval: tuple[float, float] | None, *, is_share: bool) -> str:
+    """A value, and half the width of its interval in the same unit; about three digits, at most ten characters but for shares."""
+    half = None if interval is None else (interval[1] - interval[0]) / 2
+    if is_share:
+        return f"{value:6.1%}" if half is None else f"{value:6.1%}±{half * 100:4.1f}"
+    largest = max(value, half or 0.0)
+    digits = 3 if largest < 1 else 2 if largest < 10 else 1 if largest < 100 else 0
+    shown = f"{value:.{digits}f}"
+    return shown if half is None else f"{shown}±{f'{half:.{digits}f}'.removeprefix('0' if digits == 3 else '')}"
 
 
 def _spans_table(profile: Profile, replicates: Mapping[Phase, Sequence[LayerStatistics] | None]) -> Table:

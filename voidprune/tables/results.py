@@ -7,8 +7,17 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-from voidprune.tables.figures import format_bytes, format_interval, format_share, format_spread
+from voidprune.tables.figures import (
+    Heading,
+    format_bytes,
+    format_interval,
+    format_level,
+    format_share,
+    format_spread,
+    split_columns,
+)
 
 
 def evaluation_table(document: Mapping[str, Any]) -> Group:
@@ -27,15 +36,13 @@ def _runners_table(document: Mapping[str, Any]) -> Table:
         title=f"evaluation of {document['model']} on {document['dataset']}",
         caption=f"{document['num_items']} items, 95 % intervals",
     )
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for result in runners:
         table.add_column(result["name"], justify="right", no_wrap=True)
     if first["perplexity"] is not None:
-        table.add_row("perplexity", *(f"{result['perplexity']:.4f}" for result in runners))
-        intervals = [result["perplexity_interval"] for result in runners]
-        table.add_row(
-            f"  {first['num_scored']:,} given tokens", *(f"[{low:.3f}-{high:.3f}]" for low, high in intervals)
-        )
+        table.add_row("perplexity", *(format_level(result["perplexity"], 4) for result in runners))
+        levels = [[format_level(bound, 3) for bound in result["perplexity_interval"]] for result in runners]
+        table.add_row(f"  {first['num_scored']:,} given tokens", *(f"[{low}-{high}]" for low, high in levels))
     for task, accuracy in first["accuracy"].items():
         found = [result["accuracy"][task] for result in runners]
         table.add_row(f"{task} ({accuracy['num_items']} items)", *map(format_share, found))
@@ -59,7 +66,7 @@ def _against_table(name: str, against: Mapping[str, Any]) -> Table:
         caption="accuracy in points; p: exact McNemar test",
     )
     for column in ("", "value", "95 % interval", "p", "lost, won"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
+        table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column), overflow="fold")
     ratio, agreement = against["perplexity_ratio"], against["agreement"]
     if ratio is not None:
         table.add_row(
@@ -93,11 +100,12 @@ def harness_table(document: Mapping[str, Any]) -> Group:
         caption="95 % intervals" + (f"; {cut} contexts were cut on the left to fit" if cut else ""),
     )
     against = Table(title=f"{last['name']} against the whole model, item by item")
-    table.add_column("task, metric")
+    table.add_column("task, metric", overflow="fold")
     for runner in runners:
         table.add_column(runner["name"], justify="right", no_wrap=True)
     for column in ("task, metric", "difference", "95 % interval", "p"):
-        against.add_column(column, justify="left" if column == "task, metric" else "right", no_wrap=" " not in column)
+        is_name = column == "task, metric"
+        against.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     for name, task in last["tasks"].items():
         for metric, judged in task["metrics"].items():
             label = f"{name} {metric.removesuffix(',none')}"
@@ -113,33 +121,62 @@ def harness_table(document: Mapping[str, Any]) -> Group:
     return Group(table, against) if against.row_count else Group(table)
 
 
-def comparison_table(document: Mapping[str, Any]) -> Table:
-    """Criteria at equal cost, best first; the winner's lead, and whether it is larger than the noise."""
-    asked = document["measure"] == "accuracy"
-    tasks = list(document["whole"]["accuracy"] or ())
+def comparison_table(document: Mapping[str, Any]) -> Group:
+    """Criteria at equal cost, best first; the winner's lead, and whether it is larger than the noise.
+
+    Tasks that do not fit beside the first ones stand in tables of their own.
+    """
+    tasks = list(document["whole"]["accuracy"] or ()) if document["measure"] == "accuracy" else []
+    widths = [
+        max(len(_criterion_name(row)) for row in document["rows"]),
+        max(len(_ratio(row)) for row in document["rows"]),
+        len("100.0%"),
+    ]
+    parts = split_columns(tasks, room=80 - 1 - sum(width + 3 for width in widths), cell=4) or [[]]
+    tables, shown = [], 0
+    for number, headings in enumerate(parts, start=1):
+        part = f" ({number} of {len(parts)})" if len(parts) > 1 else ""
+        tables.append(_criteria_table(document, tasks[shown : shown + len(headings)], headings, tasks, part))
+        shown += len(headings)
+    return Group(*tables)
+
+
+def _criterion_name(row: Mapping[str, Any]) -> str:
+    leads = row["margin"] is not None and row["margin"][1] > 0
+    return str(row["criterion"]) + (" *" if leads else "")
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    ratio: float = row["perplexity_ratio"]
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.2g}"
+
+
+def _criteria_table(
+    document: Mapping[str, Any], shown: Sequence[str], headings: Sequence[Heading], tasks: Sequence[str], part: str
+) -> Table:
     table = Table(
-        title=f"criteria at equal cost: {document['model']['name']}, {document['dataset']}",
+        title=f"criteria at equal cost: {document['model']['name']}, {document['dataset']}{part}",
         caption=f"{document['num_judging']} items that no layer was chosen by; * leads by more than chance (95 %)",
     )
-    table.add_column("keep", no_wrap=True)
     table.add_column("criterion", no_wrap=True)
-    for name in (*tasks, *(("mean",) if asked else ()), "ppl x"):
-        table.add_column(name.replace("-", " "), justify="right", min_width=5)
+    for heading in headings:
+        table.add_column(heading.name, justify="right", width=heading.width, overflow="fold")
+    for name in (*(("mean",) if tasks else ()), "ppl x"):
+        table.add_column(name, justify="right", no_wrap=True)
     before = None
     for row in document["rows"]:
         budget = (row["scope"], row["keep"])
         if budget != before:
             table.add_section()
-        shares = [row["accuracy"][task]["share"] for task in tasks] if asked else []
-        leads = row["margin"] is not None and row["margin"][1] > 0
-        table.add_row(
-            f"{row['scope']} {row['keep']:g}" if budget != before else "",
-            row["criterion"] + (" *" if leads else ""),
-            *(f"{share:.0%}" for share in shares),
-            *([f"{sum(shares) / len(shares):.1%}"] if asked else []),
-            f"{row['perplexity_ratio']:.3g}",
-        )
+            table.add_row(Text(f"{row['scope']} {row['keep']:g}", style="bold"))
         before = budget
+        shares = {task: row["accuracy"][task]["share"] for task in tasks}
+        table.add_row(
+            _criterion_name(row),
+            *(f"{shares[task]:.0%}" for task in shown),
+            *([f"{sum(shares.values()) / len(shares):.1%}"] if tasks else []),
+            _ratio(row),
+        )
     return table
 
 
@@ -148,14 +185,19 @@ def benchmark_table(document: Mapping[str, Any]) -> Table:
         title=f"prompt {document['prompt_length']}, {document['num_new_tokens']} new tokens, {document['provider']}",
         caption=f"median of {document['num_rounds']} interleaved rounds (quartiles) and ratio; {document['machine']}",
     )
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for name in ("TTFT ms", "TPOT ms", "weights", "peak RSS"):
         table.add_column(name, justify="right", no_wrap=True)
     for timing in document["timings"]:
         table.add_row(
             timing["name"],
-            *(f"{format_spread(timing[key])} x{timing[f'{key}_ratio']['median']:.2f}" for key in ("ttft", "tpot")),
+            *(_tell_time(timing[key], timing[f"{key}_ratio"]["median"]) for key in ("ttft", "tpot")),
             format_bytes(timing["weight_bytes"]),
             format_bytes(timing["peak_resident_bytes"]),
         )
     return table
+
+
+def _tell_time(spread: Mapping[str, float], ratio: float) -> str:
+    """The median in milliseconds and its ratio; the quartiles below."""
+    return f"{format_level(spread['median'] * 1e3, 2)} x{ratio:.2f}\n{format_spread(spread)}"

@@ -16,6 +16,7 @@ from voidprune.tables.heat_maps import ACTION_NAMES, schedule_map
 
 if TYPE_CHECKING:
     from voidprune.pipeline.planning import FreePart
+    from voidprune.quality.noninferiority import Loss
 
 
 def schedule_table(schedule: Schedule) -> Group:
@@ -73,17 +74,18 @@ def free_part_table(free: FreePart) -> Table:
         title=f"beside the whole model, allowed {free.comparison.bound:.1%}",
         caption="estimate (upper end of a one-sided 95 % interval) on items that no layer was chosen by",
     )
-    table.add_column("")
-    for name in ("prefill", "decode", "perplexity up"):
-        table.add_column(name, justify="right", no_wrap=True)
-    tasks = list(free.comparison.accuracy)
-    for task in tasks:
-        table.add_column(f"{task} down".replace("-", " "), justify="right")
-    for name, (schedule, comparison) in {**free.parts, "found": (free.schedule, free.comparison)}.items():
-        losses = [comparison.perplexity, *(comparison.accuracy[task] for task in tasks)]
-        table.add_row(
-            name if name == "found" else f"{name} alone",
-            *(f"{schedule.num_executed(phase)} of {schedule.num_layers}" for phase in Phase),
-            *(f"{loss.estimate:.2%} ({loss.upper:.2%})" for loss in losses),
-        )
+    table.add_column("", overflow="fold")
+    shown = {**free.parts, "found": (free.schedule, free.comparison)}
+    for name in shown:
+        table.add_column(name if name == "found" else f"{name} alone", justify="right", no_wrap=True)
+    for phase in Phase:
+        executed = (f"{schedule.num_executed(phase)} of {schedule.num_layers}" for schedule, _ in shown.values())
+        table.add_row(f"layers in {phase}", *executed)
+
+    def tell(loss: Loss) -> str:
+        return f"{loss.estimate:.2%} ({loss.upper:.2%})"
+
+    table.add_row("perplexity up", *(tell(comparison.perplexity) for _, comparison in shown.values()))
+    for task in free.comparison.accuracy:
+        table.add_row(f"{task} down", *(tell(comparison.accuracy[task]) for _, comparison in shown.values()))
     return table
