@@ -43,7 +43,7 @@ def cells(text: str) -> list[str]:
 
 def numbers_broken_off(text: str) -> list[str]:
     """Cells that end within a number or begin with the rest of one: what wrapping in the wrong place leaves behind."""
-    return [cell for cell in cells(text) if re.search(r"(\d[.,]|±|\[|-|\bto)$", cell) and cell != "-"]
+    return [cell for cell in cells(text) if re.search(r"(\d[.,]|±|\[|\d-|\bto)$", cell)]
 
 
 def wide_identity(num_layers: int) -> ModelIdentity:

@@ -70,8 +70,7 @@ def progress_bars(quiet: bool) -> Callable[[str, int | None, str], Any]:
                     done=task.completed,
                     total=task.total,
                     rate=task.finished_speed or task.speed,
-                    elapsed=task.finished_time if task.finished else task.elapsed,
-                    remaining=task.time_remaining,
+                    elapsed=(task.finished_time if task.finished else task.elapsed) or 0.0,
                 )
                 return Text(told[self.place])
 
@@ -97,28 +96,26 @@ def describe_progress(
     done: float,
     total: float | None,
     rate: float | None,
-    elapsed: float | None,
-    remaining: float | None,
+    elapsed: float,
 ) -> tuple[str, str, str]:
-    """How far, how fast and how long still: of a step whose end is not known, or that is over, how long it has taken."""
+    """How far, how fast and how long still: of a step whose end is not known, or that is over, how long it has taken.
+
+    `rate` is that of the last steps, where there were enough of them to say; `elapsed` are seconds.
+    """
     from voidprune.tables.figures import format_bytes
 
     def amount(number: float) -> str:
         return format_bytes(number) if unit == "bytes" else f"{number:,.0f} {unit}"
 
-    far = amount(done) if total is None else f"{done / total:.0%}" if total else ""
     if not done:
-        far = ""
-    if not rate:
-        fast = ""
-    elif unit == "bytes":
-        fast = f"{format_bytes(rate)}/s"
-    else:
-        fast = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
-    is_over = total is not None and done >= total
-    if total is None or is_over:
-        return far, fast, _clock(elapsed or 0)
-    return far, fast, "" if remaining is None else f"{_clock(remaining)} left"
+        return "", "", "" if total is not None else _clock(elapsed)
+    rate = rate or done / max(elapsed, 1e-9)
+    far = amount(done) if total is None else f"{min(1.0, done / total):.0%}"
+    slow = f"{rate:.2g} {unit}/s"
+    fast = f"{format_bytes(rate)}/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s" if rate >= 10 else slow
+    if total is None or done >= total:
+        return far, fast, _clock(elapsed)
+    return far, fast, f"{_clock((total - done) / rate)} left"
 
 
 def _clock(seconds: float) -> str:
