@@ -85,7 +85,15 @@ def test_ascii_terminals_get_digits_and_letters() -> None:
 
 def test_values_of_zero_and_constant_measures_are_drawn() -> None:
     text = render(profile_map(wide_profile(3, scale=0.0)))
-    assert "layer 0 to 0" in " ".join(text.split())
+    assert "layer from 0 to 0" in " ".join(text.split())
+
+
+def test_every_measure_takes_the_whole_scale_however_close_its_values_are() -> None:
+    text = render(profile_map(wide_profile(12, scale=0.001)))
+    rows = [line[15:].ljust(24) for line in text.splitlines() if re.match(r"(\w+)? +(prefill|decode) ", line)]
+    assert len(rows) == 10
+    for prefill, decode in zip(rows[2::2], rows[3::2], strict=True):
+        assert set(prefill + decode) >= {" ", "█"}
 
 
 def test_marks_point_at_layers_and_the_legend_says_what_is_there() -> None:

@@ -36,7 +36,7 @@ def manifest_table(manifest: Manifest) -> Table:
         onnx = "" if parity.onnx is None else f", graphs {parity.onnx:.2g}"
         hf = "" if parity.hf is None else f"checkpoint {parity.hf:.2g}"
         rows["difference from reference"] = (
-            f"{hf}{onnx if hf else onnx.removeprefix(', ')} (allowed {parity.tolerance:.2g})"
+            f"{hf}{onnx if hf else onnx.removeprefix(', ')}\n(allowed {parity.tolerance:.2g})"
         )
         if parity.rounded is not None:
             rows["with activations in 8 bits"] = f"graphs {parity.rounded:.2g} (allowed {parity.rounded_tolerance:.2g})"

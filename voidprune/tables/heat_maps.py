@@ -49,16 +49,17 @@ class Cell:
 class LayerMap:
     """Rows of cells under a ruler of layer numbers, broken into as many lines as the terminal needs.
 
-    `rows`: a label, and a cell a layer. `legend`: what cells mean, each beside one; `note` is prose below.
+    `rows`: a label, and a cell a layer. `legend`: what cells mean, each beside one, or words alone; `note` is
+    prose below.
     """
 
     title: str
     rows: Sequence[tuple[str, Sequence[Cell]]]
-    legend: Sequence[tuple[Cell, str]]
+    legend: Sequence[tuple[Cell | None, str]]
     note: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(self.title, style="table.title", justify="center")
+        yield Text(self.title, style="table.title")
         margin = max(len(label) for label, _ in self.rows) + 1
         num_layers = len(self.rows[0][1])
         for first, end in _break_lines(num_layers, (options.max_width - margin) // _CELL):
@@ -71,7 +72,7 @@ class LayerMap:
         for line in _pack_legend(console, self.legend, width=options.max_width - margin):
             yield Text(" " * margin) + line
         if self.note:
-            yield Text(self.note, style="table.caption", justify="center")
+            yield Text(self.note, style="table.caption")
         yield Text("")
 
 
@@ -84,16 +85,16 @@ def profile_map(profile: Profile) -> LayerMap:
         values = {phase: getattr(found, attribute) for phase, found in statistics.items()}
         seen = [value for phase in Phase for value in values[phase]]
         if name != "active":
-            ranges.append(f"{name} {_short(min(seen))} to {_short(max(seen))}")
+            ranges.append(f"{name} from {_short(min(seen))} to {_short(max(seen))}")
         for phase in Phase:
-            levels = [value if name == "active" else _log_share(value, max(seen)) for value in values[phase]]
+            levels = [value if name == "active" else _log_share(value, min(seen), max(seen)) for value in values[phase]]
             label = name if phase is Phase.PREFILL else ""
             rows.append((f"{label:<6} {phase}", [_shade(level) for level in levels]))
     return LayerMap(
         title=f"{profile.model.name}: what layers do in each phase",
         rows=rows,
-        legend=[(_shade(step / 4), text) for step, text in enumerate(("least", "", "", "", "most"))],
-        note=f"active: 0 to 100 %. The others, each step a like factor: {'; '.join(ranges)}",
+        legend=[(None, "least"), *((_shade(step / 4), "") for step in range(5)), (None, " most")],
+        note=f"active: from 0 to 100 %; in steps of like factors {', '.join(ranges)}",
     )
 
 
@@ -164,11 +165,14 @@ def _shade(level: float) -> Cell:
     return Cell(f" {step}", Style.parse(f"{ink} on {_COLOURS[step]}"), block * _CELL, f" {step}")
 
 
-def _log_share(value: float, largest: float) -> float:
-    """Where a value lies between largest / _RANGE and the largest, in factors."""
-    if value <= 0 or largest <= 0:
+def _log_share(value: float, smallest: float, largest: float) -> float:
+    """Where a value lies between the smallest and the largest, in factors; the scale ends at largest / _RANGE."""
+    if largest <= 0:
         return 0.0
-    return max(0.0, 1 + math.log(value / largest) / math.log(_RANGE))
+    smallest = max(smallest, largest / _RANGE)
+    if value <= smallest:
+        return 0.0 if smallest < largest else 1.0
+    return math.log(value / smallest) / math.log(largest / smallest)
 
 
 def _short(value: float) -> str:
@@ -192,13 +196,11 @@ def _draw_ruler(first: int, end: int) -> str:
     return "".join(f"{number:<{_CELL * _STEP}}" for number in numbers).rstrip()
 
 
-def _pack_legend(console: Console, legend: Sequence[tuple[Cell, str]], *, width: int) -> Iterable[Text]:
+def _pack_legend(console: Console, legend: Sequence[tuple[Cell | None, str]], *, width: int) -> Iterable[Text]:
     """As few lines as the entries need."""
     line = Text()
     for cell, text in legend:
-        entry = Text()
-        entry.append(*cell.draw(console))
-        entry.append(f" {text}  " if text else "")
+        entry = Text(f"{text} ") if cell is None else Text.assemble(cell.draw(console), f" {text}  " if text else "")
         if line and len(line) + len(entry) > width:
             yield line
             line = Text()
