@@ -382,6 +382,12 @@ def test_missing_model(tmp_path: Path) -> None:
     expect_error("profile", tmp_path / "absent", "-o", tmp_path / "p.json", message="no model at")
 
 
+@pytest.mark.parametrize("command", ["show", "generate --prompt a", "eval --tasks demo", "profile -o p", "report -o r"])
+def test_a_name_that_no_file_can_have(command: str) -> None:
+    name, *options = command.split()
+    expect_error(name, "a" * 300, *options, message="a name is too long")
+
+
 def test_empty_folder_is_no_model(tmp_path: Path) -> None:
     expect_error("export", tmp_path, "-o", tmp_path / "out", "--keep", 0.5, message="holds no config.json")
     assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,9 @@ One module a command. Everything heavy is imported inside the command that needs
 
 from __future__ import annotations
 
+import errno
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -25,7 +26,7 @@ from voidprune.cli.probe import probe
 from voidprune.cli.profile import profile
 from voidprune.cli.run import run
 from voidprune.cli.show import families, report, show
-from voidprune.errors import VoidpruneError
+from voidprune.errors import ModelError, VoidpruneError
 
 
 class _Group(click.Group):
@@ -36,12 +37,21 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except VoidpruneError as error:
-            click.echo(f"error: {error.message}", err=True)
-            if error.hint:
-                click.echo(f"hint: {error.hint}", err=True)
-            ctx.exit(error.exit_code)
+            _end(ctx, error)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            # Of what a command reads; what it writes is checked before.
+            _end(ctx, ModelError("a name is too long to be that of a file or model", hint="check the command line"))
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _end(context: click.Context, error: VoidpruneError) -> NoReturn:
+    click.echo(f"error: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+    context.exit(error.exit_code)
 
 
 def _terminate(number: int, _frame: object) -> None:
