@@ -37,7 +37,19 @@ RANKS = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 # Planning and exporting work on a machine that has neither.
 HEAVY = ("torch", "transformers")
-LIGHT_ROOMS = ("errors", "artifacts", "journal", "schedule", "models", "planning", "export", "tables", "report", "cli")
+LIGHT_ROOMS = (
+    "errors",
+    "artifacts",
+    "journal",
+    "schedule",
+    "models",
+    "planning",
+    "export",
+    "tables",
+    "report",
+    "doctor",
+    "cli",
+)
 LIGHT_MODULES = (
     "execution.session",
     "execution.generation",

@@ -17,6 +17,7 @@ from voidprune.cli.compare import compare
 from voidprune.cli.completion import completion
 from voidprune.cli.demo import demo
 from voidprune.cli.diff import diff
+from voidprune.cli.doctor import doctor
 from voidprune.cli.evaluate import evaluate
 from voidprune.cli.export import export
 from voidprune.cli.generate import generate
@@ -77,6 +78,7 @@ def main() -> None:
 
 
 for command in (
-    profile, probe, plan, compare, heal, export, generate, show, diff, families, evaluate, bench, run, report, demo, completion,
+    profile, probe, plan, compare, heal, export, generate, show, diff, families, evaluate, bench, run, report, demo, doctor,
+    completion,
 ):  # fmt: skip
     main.add_command(command)
