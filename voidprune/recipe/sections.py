@@ -32,6 +32,7 @@ class Section:
         return read(self._values[key], f"{self.place}: {key}")
 
     def take_optional(self, key: str, read: Callable[[Any, str], Value]) -> Value | None:
+        self._asked.add(key)
         return self.take(key, read) if key in self._values else None
 
     def switched_off(self, key: str) -> bool:
