@@ -144,11 +144,22 @@ def test_eval_bench_and_report(results: Path, tmp_path: Path) -> None:
     assert max(map(len, shown.stdout.splitlines())) <= 80
     assert "…" not in shown.stdout
     timed = invoke(
-        "bench", results / "slim", "--baseline", "demo", "--prompt-length", 6, "--new-tokens", 2, "--rounds", 2,
-        "--provider", "cpu", "-o", tmp_path / "benchmark.json",
+        "bench", results / "slim", "--baseline", "demo", "--prompt-lengths", "6,9", "--new-tokens", 2, "--rounds", 2,
+        "--max-spread", 1e9, "--provider", "cpu", "-o", tmp_path / "benchmark.json", "--plot", tmp_path / "bench.png",
     )  # fmt: skip
     assert timed.exit_code == 0, timed.output
     assert "whole model" in timed.stdout
+    shown = CliRunner().invoke(main, ["show", str(tmp_path / "benchmark.json")], env={"COLUMNS": "80"})
+    assert "TTFT ms, 9" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert "…" not in shown.stdout
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    earlier = {**json.loads((tmp_path / "benchmark.json").read_bytes()), "schema": "voidprune.benchmark/1"}
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "benchmark.json").write_text(json.dumps(earlier))
+    refused = invoke("show", tmp_path / "earlier" / "benchmark.json")
+    assert refused.exit_code == 1
+    assert "benchmark format 1; this version of voidprune reads format 2" in refused.output
     rendered = invoke("report", tmp_path, "-o", tmp_path / "report.html")
     assert rendered.exit_code == 0, rendered.output
     assert "time per output token" in (tmp_path / "report.html").read_text()
@@ -159,6 +170,20 @@ def test_show(results: Path, name: str) -> None:
     assert invoke("show", results / name).exit_code == 0
     document = json.loads(invoke("show", results / name, "--json").stdout)
     assert document["schema"].startswith("voidprune.")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt-lengths", "1,8"), "'1,8' is not a list of whole numbers from 2"),
+        (("--batch-sizes", "two"), "'two' is not a list of whole numbers from 1"),
+        (("--plot", "times.pdf"), "neither *.svg nor *.png"),
+    ],
+)
+def test_bench_refuses_before_it_measures(results: Path, options: tuple[str, ...], message: str) -> None:
+    refused = invoke("bench", results / "slim", "--baseline", "demo", *options)
+    assert refused.exit_code == 2
+    assert message in refused.output
 
 
 def test_plan_prints_costs_and_a_dry_run_writes_nothing(results: Path, tmp_path: Path) -> None:
@@ -542,8 +567,8 @@ def test_bench_refuses_what_is_not_the_whole_model(results: Path) -> None:
 
 
 def test_bench_beyond_the_context(results: Path) -> None:
-    arguments = ("--baseline", "demo", "--prompt-length", 5000, "--provider", "cpu")
-    expect_error("bench", results / "slim", *arguments, message="5032 tokens are asked for; the model's context is 512")
+    arguments = ("--baseline", "demo", "--prompt-lengths", 5000, "--provider", "cpu")
+    expect_error("bench", results / "slim", *arguments, message="5000 tokens are asked for; the model's context is 512")
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

@@ -81,6 +81,14 @@ class ContextLengthError(VoidpruneError):
     """A request needs more positions than the K/V buffers or the model have."""
 
 
+class NoiseError(VoidpruneError):
+    """What was measured moves more from round to round than would let it mean anything."""
+
+    usual_hint = (
+        "let nothing else run on the machine, or raise --rounds; a higher --max-spread shows the figures all the same"
+    )
+
+
 class QualityGateError(VoidpruneError):
     """A measured quality is below what was asked for. The message says gate, measured and asked."""
 

@@ -168,7 +168,7 @@ def test_another_schedule_of_a_bundle_is_a_model_of_its_own(folder: Path, tmp_pa
 
 def test_it_is_timed_with_graphs_made_for_the_occasion(folder: Path) -> None:
     document = benchmark_bundle(
-        folder, baseline="demo", provider="cpu", prompt_length=4, num_new_tokens=2, num_rounds=1
+        folder, baseline="demo", provider="cpu", prompt_lengths=(4,), num_new_tokens=2, num_rounds=1
     )
     assert {runner["name"] for runner in document["timings"]} == {"whole model", "pruned"}
     assert is_bundle(folder)

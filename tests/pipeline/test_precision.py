@@ -178,7 +178,7 @@ def test_genai_packs_weights_where_they_are_packed(bundles: dict[str, Path]) -> 
 
 
 def test_baseline_has_the_same_precision(bundles: dict[str, Path]) -> None:
-    found = benchmark_bundle(bundles["mixed"], baseline="demo", prompt_length=4, num_new_tokens=2, num_rounds=1)
+    found = benchmark_bundle(bundles["mixed"], baseline="demo", prompt_lengths=(4,), num_new_tokens=2, num_rounds=1)
     whole, pruned = found["timings"]
     manifest = read_manifest(bundles["mixed"])
     assert pruned["weight_bytes"] == manifest.graph_weight_bytes

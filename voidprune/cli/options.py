@@ -69,6 +69,23 @@ class Layers(click.ParamType):  # type: ignore[type-arg]
         return value if isinstance(value, frozenset) else parse_layers(value)
 
 
+class Counts(click.ParamType):  # type: ignore[type-arg]
+    """32,128,512: whole numbers, each once, the first before all others."""
+
+    name = "counts"
+
+    def __init__(self, *, least: int = 1) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        pieces = [piece.strip() for piece in str(value).split(",")]
+        if not all(piece.isdecimal() and int(piece) >= self.least for piece in pieces):
+            self.fail(f"{value!r} is not a list of whole numbers from {self.least}, such as 32,128", param, ctx)
+        return tuple(dict.fromkeys(map(int, pieces)))
+
+
 def together(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
     """All of these options on one command, in this order."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from voidprune import artifacts
-from voidprune.errors import ModelError
+from voidprune.errors import ModelError, NoiseError
 from voidprune.execution.manifest import Manifest, is_bundle, read_manifest
 from voidprune.execution.providers import size_thread_pool
 from voidprune.export.quantize import LayerBits, Packing
@@ -25,13 +27,19 @@ def benchmark_bundle(
     baseline: str,
     provider: str | None = None,
     threads: int | None = None,
-    prompt_length: int = 128,
+    prompt_lengths: Sequence[int] = (128,),
+    context_lengths: Sequence[int] = (128,),
+    batch_sizes: Sequence[int] = (1,),
     num_new_tokens: int = 32,
     num_rounds: int = 15,
+    max_spread: float = math.inf,
     seed: int = 0,
     track: Track = untracked,
 ) -> artifacts.Document:
-    """Benchmark a bundle beside the whole model. What has no graphs yet is exported for the occasion, in the same precision."""
+    """Benchmark a bundle beside the whole model. What has no graphs yet is exported for the occasion, in the same precision.
+
+    Raises NoiseError where the interval of a ratio is wider than `max_spread` times the ratio.
+    """
     if threads is not None:
         size_thread_pool(threads)
     provider = provider or default_provider()
@@ -56,13 +64,20 @@ def benchmark_bundle(
                 {"whole model": baseline_folder, "pruned": pruned_folder},
                 provider=provider,
                 threads=threads,
-                prompt_length=prompt_length,
+                prompt_lengths=prompt_lengths,
+                context_lengths=context_lengths,
+                batch_sizes=batch_sizes,
                 num_new_tokens=num_new_tokens,
                 num_rounds=num_rounds,
                 seed=seed,
                 on_progress=advance,
             )
-    return {"schema": artifacts.schema_key("benchmark", 1), **benchmark.to_document()}
+    if benchmark.widest > max_spread:
+        raise NoiseError(
+            f"the interval of a ratio is {benchmark.widest:.0%} of the ratio over {num_rounds} rounds; "
+            f"{max_spread:.0%} is allowed"
+        )
+    return {"schema": artifacts.schema_key("benchmark", 2), **benchmark.to_document()}
 
 
 def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned: Manifest, *, provider: str) -> None:

@@ -194,11 +194,15 @@ class _Compression:
         )
 
     def bench(self) -> None:
-        assert self.recipe.bench is not None
+        bench = self.recipe.bench
+        assert bench is not None
         document = benchmark_bundle(
             self.folder / PRUNED,
             baseline=self.recipe.model,
-            **asdict(self.recipe.bench),
+            prompt_lengths=(bench.prompt_length,),
+            context_lengths=(bench.prompt_length,),
+            num_new_tokens=bench.num_new_tokens,
+            num_rounds=bench.num_rounds,
             seed=self.recipe.seed,
             track=self.track,
         )

@@ -70,7 +70,7 @@ _RESULTS: dict[str, Callable[[artifacts.Document], Any]] = {
     "adaptive-evaluation": tables.adaptive_tables,
     "probe": tables.probe_tables,
 }
-_VERSIONS = {"comparison": 2, "evaluation": 2}
+_VERSIONS = {"benchmark": 2, "comparison": 2, "evaluation": 2}
 
 
 def _read_result(file: Path, kind: str) -> artifacts.Document:

@@ -1,11 +1,12 @@
 """Artefacts as text for a terminal of 80 columns: heat maps and tables. Nothing is computed here."""
 
+from voidprune.tables.benchmarks import benchmark_table
 from voidprune.tables.bundles import describe_fidelity, manifest_table
 from voidprune.tables.differences import diff_tables
 from voidprune.tables.experiments import adaptive_tables, probe_tables
 from voidprune.tables.figures import format_bytes
 from voidprune.tables.profiles import cuts_table, profile_table
-from voidprune.tables.results import benchmark_table, comparison_table, evaluation_table, harness_table
+from voidprune.tables.results import comparison_table, evaluation_table, harness_table
 from voidprune.tables.schedules import costs_table, describe_origin, free_part_table, schedule_table
 
 __all__ = [

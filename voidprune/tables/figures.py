@@ -44,11 +44,6 @@ def format_level(value: float, digits: int) -> str:
     return f"{value:.{max(0, digits - max(0, len(f'{value:.0f}') - 1))}f}"
 
 
-def format_spread(spread: Mapping[str, float]) -> str:
-    """Quartiles: seconds as milliseconds."""
-    return f"{format_level(spread['low'] * 1e3, 2)}-{format_level(spread['high'] * 1e3, 2)}"
-
-
 @dataclass(frozen=True)
 class Heading:
     """The head of a column of figures: a name that may be folded, and how many characters the column has."""

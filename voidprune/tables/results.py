@@ -1,4 +1,4 @@
-"""Quality and time, beside the whole model."""
+"""Quality, beside the whole model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from rich.text import Text
 
 from voidprune.tables.figures import (
     Heading,
-    format_bytes,
     format_interval,
     format_level,
     format_share,
-    format_spread,
     split_columns,
 )
 
@@ -178,26 +176,3 @@ def _criteria_table(
             _ratio(row),
         )
     return table
-
-
-def benchmark_table(document: Mapping[str, Any]) -> Table:
-    table = Table(
-        title=f"prompt {document['prompt_length']}, {document['num_new_tokens']} new tokens, {document['provider']}",
-        caption=f"median of {document['num_rounds']} interleaved rounds (quartiles) and ratio; {document['machine']}",
-    )
-    table.add_column("", overflow="fold")
-    for name in ("TTFT ms", "TPOT ms", "weights", "peak RSS"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for timing in document["timings"]:
-        table.add_row(
-            timing["name"],
-            *(_tell_time(timing[key], timing[f"{key}_ratio"]["median"]) for key in ("ttft", "tpot")),
-            format_bytes(timing["weight_bytes"]),
-            format_bytes(timing["peak_resident_bytes"]),
-        )
-    return table
-
-
-def _tell_time(spread: Mapping[str, float], ratio: float) -> str:
-    """The median in milliseconds and its ratio; the quartiles below."""
-    return f"{format_level(spread['median'] * 1e3, 2)} x{ratio:.2f}\n{format_spread(spread)}"

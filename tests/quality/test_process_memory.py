@@ -1,0 +1,44 @@
+"""A request is watched phase by phase, in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from voidprune.errors import RuntimeProviderError
+from voidprune.pipeline.export import export_model
+from voidprune.pipeline.models import open_model
+from voidprune.quality.process_memory import PHASES, measure_process, watch_request
+from voidprune.schedule import full_schedule
+
+REQUEST = {"provider": "cpu", "threads": None, "prompt_length": 6, "num_new_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory") / "bundle"
+    checkpoint = open_model("demo")
+    export_model(checkpoint, full_schedule(checkpoint.identity), folder, provider="cpu")
+    return folder
+
+
+def test_memory_grows_by_what_is_loaded_and_run(bundle: Path) -> None:
+    found = measure_process(bundle, provider="cpu", threads=2, prompt_length=6, num_new_tokens=3)
+    resident = [found.resident_bytes[phase] for phase in PHASES]
+    assert resident == sorted(resident)
+    assert found.peak_resident_bytes >= resident[-1]
+    weights = (bundle / "model.safetensors").stat().st_size
+    assert found.resident_bytes["decoded"] - found.resident_bytes["before"] > weights
+    assert found.device_bytes is None
+    assert found.load_seconds > 0
+
+
+def test_the_same_request_here(bundle: Path) -> None:
+    found = watch_request(bundle, **REQUEST)  # type: ignore[arg-type]
+    assert tuple(found.resident_bytes) == PHASES
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeProviderError, match=r"memory of absent failed: .*is not a bundle"):
+        measure_process(tmp_path / "absent", provider="cpu", threads=None, prompt_length=6, num_new_tokens=3)
