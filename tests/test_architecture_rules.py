@@ -46,6 +46,7 @@ LIGHT_ROOMS = (
     "planning",
     "export",
     "tables",
+    "plots",
     "report",
     "doctor",
     "cli",

@@ -6,6 +6,7 @@ said once, in `execution/reference.py`; how a schedule is chosen is the business
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -304,3 +305,8 @@ def read_schedule(path: Path) -> Schedule:
 
 def write_schedule(path: Path, schedule: Schedule, *, overwrite: bool = False) -> None:
     artifacts.write_file(path, artifacts.canonical_bytes(schedule.to_document()), overwrite=overwrite)
+
+
+def schedule_hash(schedule: Schedule) -> str:
+    """`sha256:<hex>` of the schedule's canonical bytes: of the file that `write_schedule` writes."""
+    return "sha256:" + hashlib.sha256(artifacts.canonical_bytes(schedule.to_document())).hexdigest()

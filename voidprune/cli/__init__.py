@@ -25,8 +25,9 @@ from voidprune.cli.heal import heal
 from voidprune.cli.plan import plan
 from voidprune.cli.probe import probe
 from voidprune.cli.profile import profile
+from voidprune.cli.report import report
 from voidprune.cli.run import run
-from voidprune.cli.show import families, report, show
+from voidprune.cli.show import families, show
 from voidprune.errors import ModelError, VoidpruneError
 
 

@@ -88,9 +88,9 @@ def compare(
     )
     write_result(output, outcome, overwrite=overwrite)
     if plot is not None:
-        from voidprune.plots import plot_comparison
+        from voidprune.plots import paint_svg, plot_comparison
 
-        artifacts.write_file(plot, plot_comparison(outcome).encode(), overwrite=overwrite)
+        artifacts.write_file(plot, paint_svg(plot_comparison(outcome)).encode(), overwrite=overwrite)
     show_result(outcome, comparison_table, outcome, as_json=as_json)
 
 

@@ -25,7 +25,7 @@ def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) 
       voidprune demo -o out/demo --num-items 20
     """
     from voidprune import artifacts, walkthrough
-    from voidprune.report import render_report
+    from voidprune.report import write_report
     from voidprune.tables import (
         benchmark_table,
         comparison_table,
@@ -39,7 +39,7 @@ def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) 
     outcome = walkthrough.run_demo(
         output, num_items=num_items, seed=seed, overwrite=overwrite, track=progress_bars(quiet)
     )
-    artifacts.write_file(output / "report.html", render_report(output).encode())
+    write_report(output, output / "report.html")
     print_tables(
         profile_table(outcome.profile),
         comparison_table(outcome.comparison),

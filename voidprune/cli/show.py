@@ -1,4 +1,4 @@
-"""Commands that only look: `show`, `families`, `report`."""
+"""Commands that only look: `show`, `families`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from voidprune.cli.options import json_option, output_option, overwrite_option, quiet_option
+from voidprune.cli.options import json_option, quiet_option
 from voidprune.cli.output import print_tables, progress_bars
 
 
@@ -55,21 +55,3 @@ def families() -> None:
         click.echo(f"{spec.model_type:16} {' '.join(spec.formats):8} {spec.title}")
     for model_type, reason in REFUSED.items():
         click.echo(f"{model_type:16} {'refused':8} {reason}")
-
-
-@click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@output_option("HTML page")
-@overwrite_option
-def report(folder: Path, output: Path, overwrite: bool) -> None:
-    """One HTML page of everything that was measured in a folder.
-
-    \b
-      voidprune report out/demo -o report.html
-    """
-    from voidprune import artifacts
-    from voidprune.report import render_report
-
-    artifacts.check_output_file(output, overwrite=overwrite)
-    artifacts.write_file(output, render_report(folder).encode(), overwrite=overwrite)
-    click.echo(f"wrote {output}")

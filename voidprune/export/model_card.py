@@ -9,7 +9,7 @@ from typing import Any
 
 from voidprune.errors import ModelError
 from voidprune.execution.manifest import Healing, Manifest
-from voidprune.schedule import Boundary, LayerAction, Phase
+from voidprune.schedule import Boundary, LayerAction, Phase, Schedule
 
 _INHERITED = ("license", "license_name", "license_link", "language")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -91,7 +91,7 @@ def _render(manifest: Manifest) -> str:
 
 
 def caveats(manifest: Manifest) -> list[str]:
-    """What a user of the folder has to know, decided from its schedule."""
+    """What a user of the folder has to know, decided from what it says of itself."""
     schedule = manifest.schedule
     found = []
     if not schedule.is_full:
@@ -112,6 +112,12 @@ def caveats(manifest: Manifest) -> list[str]:
         found.append("There are no weights for transformers here: the folder runs in onnxruntime.")
     elif manifest.quantization is not None:
         found.append("Stock transformers reads the unpacked weights; only the ONNX graphs read the packed ones.")
+    return found + schedule_caveats(schedule) or ["This is the whole model."]
+
+
+def schedule_caveats(schedule: Schedule) -> list[str]:
+    """What follows from a schedule alone."""
+    found = []
     if schedule.single_turn:
         found.append("The schedule is for one prompt and one response; a second turn is refused.")
     frozen = [
@@ -119,13 +125,18 @@ def caveats(manifest: Manifest) -> list[str]:
         for layer in range(schedule.num_layers)
         if schedule.decode[layer].attends and not schedule.prefill[layer].attends
     ]
-    if frozen:
+    if len(frozen) == 1:
+        found.append(
+            f"Layer {frozen[0]} attends in decode only: its keys and values of the prompt are made from a residual stream that "
+            "fewer layers have changed."
+        )
+    elif frozen:
         layers = ", ".join(map(str, frozen))
         found.append(
             f"Layers {layers} attend in decode only: their keys and values of the prompt are made from a residual stream "
             "that fewer layers have changed."
         )
-    return found or ["This is the whole model."]
+    return found
 
 
 def _render_healing(healing: Healing) -> str:

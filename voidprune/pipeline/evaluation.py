@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from voidprune.quality.evaluation import Evaluation, count_differences, count_st
 from voidprune.quality.layer_streaming import resident_model
 from voidprune.quality.paired import Comparison, compare_runners
 from voidprune.quality.statistics import CONFIDENCE, NUM_RESAMPLES, SEED
-from voidprune.schedule import Schedule, full_schedule
+from voidprune.schedule import Schedule, full_schedule, schedule_hash
 
 WHOLE, REFERENCE, ONNX = "whole model", "reference", "onnx"
 
@@ -80,11 +79,6 @@ class EvaluationReport:
             "different_responses": self.different,
             "written_by": f"voidprune {voidprune.__version__}",
         }
-
-
-def schedule_hash(schedule: Schedule) -> str:
-    """`sha256:<hex>` of the schedule's canonical bytes: of the file that `write_schedule` writes."""
-    return "sha256:" + hashlib.sha256(artifacts.canonical_bytes(schedule.to_document())).hexdigest()
 
 
 def evaluate_model(

@@ -14,7 +14,7 @@ import voidprune
 from voidprune import artifacts
 from voidprune.errors import DatasetError, MissingExtraError
 from voidprune.models.pretrained import end_tokens, load_tokenizer
-from voidprune.pipeline.evaluation import WHOLE, open_runners, schedule_hash
+from voidprune.pipeline.evaluation import WHOLE, open_runners
 from voidprune.pipeline.models import open_model
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.quality.statistics import (
@@ -24,7 +24,7 @@ from voidprune.quality.statistics import (
     estimate_share_difference,
     mcnemar_p_value,
 )
-from voidprune.schedule import Schedule
+from voidprune.schedule import Schedule, schedule_hash
 
 MAIN_METRICS = ("acc", "exact_match")
 """What a gate looks at: the first of these that a task measures."""

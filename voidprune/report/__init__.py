@@ -1,27 +1,164 @@
-"""Everything that was found in a folder, as one self-contained HTML page. Reads files; measures nothing."""
+"""Everything that was found in a folder, as one HTML page without external requests, its machine-readable twin, and pictures."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 import voidprune
-from voidprune import tables
-from voidprune.export.model_card import caveats
-from voidprune.planning.costs import baseline_costs, schedule_costs
-from voidprune.profiling.profile import Profile
+from voidprune import artifacts, plots
+from voidprune.errors import OutputError
+from voidprune.plots.heat_map import draw_strip
+from voidprune.plots.marks import draw_legend
+from voidprune.plots.probe_curves import draw_probe
+from voidprune.plots.size_bars import draw_size_bars
+from voidprune.plots.trade_offs import draw_panel, draw_trade_offs, legend_entries
+from voidprune.report.caveats import find_caveats
 from voidprune.report.findings import Findings, collect_findings
-from voidprune.schedule import LayerAction, Phase, Schedule
+from voidprune.report.healing import describe_healing
+from voidprune.report.layers import draw_layers, rank_layers
+from voidprune.report.provenance import list_commands, list_missing, list_provenance
+from voidprune.report.sizes import measure_parts
+from voidprune.report.summary import describe_run, format_layers, make_cards, show, whole_runner
+from voidprune.report.timings import read_timings
+from voidprune.report.trade_offs import explain_panels, has_accuracy, make_panels, panels_document
+
+KIND, VERSION = "report", 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """`page` is HTML without external requests, `document` a `voidprune.report/1` of the same facts, `pictures` by name."""
+
+    page: str
+    document: artifacts.Document
+    pictures: dict[str, plots.Drawing]
 
 
 def render_report(folder: Path) -> str:
-    """One HTML page without external requests. Raises ArtifactError."""
+    """The page alone. Raises ArtifactError."""
+    return make_report(folder).page
+
+
+def write_report(folder: Path, output: Path, *, pictures: Path | None = None, overwrite: bool = False) -> list[Path]:
+    """Write the page, its twin beside it with the suffix .json, and with `pictures` each picture into that folder, as SVG and PNG.
+
+    Returns the files. Raises ArtifactError, OutputError, and with `pictures` MissingExtraError without matplotlib; nothing is
+    written then.
+    """
+    if output.suffix == ".json":
+        raise OutputError(
+            f"{output} is to be a page, which has its JSON beside it", hint="give a name that ends in .html"
+        )
+    report = make_report(folder)
+    files = {output: report.page.encode(), output.with_suffix(".json"): artifacts.canonical_bytes(report.document)}
+    if pictures is not None:
+        for name, drawing in report.pictures.items():
+            files[pictures / f"{name}.svg"] = plots.paint_svg(drawing).encode()
+            files[pictures / f"{name}.png"] = plots.paint_png(drawing)
+    for file in files:
+        artifacts.check_output_file(file, overwrite=overwrite)
+    for file, content in files.items():
+        artifacts.write_file(file, content, overwrite=overwrite)
+    return list(files)
+
+
+def make_report(folder: Path) -> Report:
+    """Everything there is to say of a folder. Raises ArtifactError where nothing in it is ours."""
     findings = collect_findings(folder)
+    schedule, profile = findings.schedule, findings.profile
+    known = schedule or profile
+    documents = [one for one in (findings.comparison, findings.probe) if one is not None]
+    model = known.model.name if known is not None else documents[0]["model"]["name"] if documents else "model"
+    cards, caveats = make_cards(findings), find_caveats(findings)
+    panels, accuracy = make_panels(findings), has_accuracy(findings)
+    sizes, healing = measure_parts(findings), describe_healing(findings.manifest)
+    seed = schedule.origin.get("seed", 0) if schedule is not None else 0
+    layers = None
+    if known is not None:
+        layers = rank_layers(profile, known.model.num_layers, seed=seed if isinstance(seed, int) else 0)
+    commands, about_commands = list_commands(findings)
+
+    pictures: dict[str, plots.Drawing] = {}
+    if layers is not None:
+        pictures["layers"] = draw_layers(layers, schedule, model=model)
+    if panels:
+        pictures["trade-offs"] = draw_trade_offs(panels, model=model, accuracy=accuracy)
+    if findings.probe is not None:
+        pictures["probe"] = draw_probe(findings.probe)
+    if sizes.bars:
+        pictures["sizes"] = draw_size_bars(sizes.bars, model=model)
+
+    missing, told = list_missing(findings), list_provenance(findings)
+    facts = {
+        "model": model,
+        "title": _title(findings, model),
+        "paragraph": describe_run(findings),
+        "caveats": caveats,
+        "commands": commands,
+        "about_commands": about_commands,
+    }
+    inline = {name: plots.paint_inline(drawing, name=name) for name, drawing in pictures.items()}
+    page = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            **facts,
+            missing=missing,
+            provenance=told,
+            files=findings.files,
+            findings=findings,
+            cards=cards,
+            strip=plots.paint_inline(draw_strip(schedule), name="strip") if schedule is not None else "",
+            inline=inline,
+            widths={name: round(drawing.width) for name, drawing in pictures.items()},
+            panels=[
+                plots.paint_inline(draw_panel(panel, accuracy=accuracy), name=f"panel-{panel.scope}")
+                for panel in panels
+            ],
+            legend=plots.paint_inline(draw_legend(legend_entries(panels), width=1100), name="legend") if panels else "",
+            about_panels=explain_panels(findings, panels),
+            sizes=sizes,
+            healing=healing,
+            timings=None if findings.benchmark is None else read_timings(findings.benchmark),
+            whole=None if findings.evaluation is None else whole_runner(findings.evaluation),
+            version=voidprune.__version__,
+            stylesheet=plots.stylesheet(),
+        )
+    )
+    document: artifacts.Document = {
+        "schema": artifacts.schema_key(KIND, VERSION),
+        **facts,
+        "missing": [{"what": what, "command": command} for what, command in missing],
+        "provenance": [{"what": what, "value": value} for what, value in told],
+        "files": dict(findings.files),
+        "figures": [card.to_document() for card in cards],
+        "schedule": None if schedule is None else schedule.to_document(),
+        "layers": None if layers is None else layers.to_document(),
+        "trade_offs": panels_document(panels, accuracy=accuracy) if panels else None,
+        "sizes": sizes.to_document(),
+        "healing": None if healing is None else healing.to_document(),
+        "evaluation": findings.evaluation,
+        "benchmark": findings.benchmark,
+        "comparison": findings.comparison,
+        "probe": findings.probe,
+        "harness": findings.harness,
+        "adaptive": findings.adaptive,
+        "written_by": f"voidprune {voidprune.__version__}",
+    }
+    return Report(page, document, pictures)
+
+
+def _title(findings: Findings, model: str) -> str:
+    schedule = findings.schedule
+    if schedule is None:
+        return f"{model}: what was measured"
+    return f"{model}, whole" if schedule.is_full else f"{model} with fewer layers"
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("voidprune", "report"),
         autoescape=True,
@@ -29,113 +166,9 @@ def render_report(folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["bytes"] = tables.format_bytes
-    schedule, profile = findings.schedule, findings.profile
-    costs = None
-    if schedule is not None and profile is not None:
-        costs = (asdict(baseline_costs(profile.sizes, schedule)), asdict(schedule_costs(profile.sizes, schedule)))
-    return environment.get_template("page.html.j2").render(
-        findings=findings,
-        summary=_summary(findings),
-        heat_map=_draw_heat_map(profile, schedule),
-        origin="" if schedule is None else tables.describe_origin(schedule),
-        caveats=caveats(findings.manifest) if findings.manifest is not None else [],
-        costs=costs,
-        phases=list(Phase),
-        version=voidprune.__version__,
-    )
+    environment.filters |= {"show": show, "points": _points, "layers": format_layers}
+    return environment
 
 
-def _summary(findings: Findings) -> list[tuple[str, str, str]]:
-    """The figures above the fold: (what, value, beside which value of the whole model)."""
-    rows: list[tuple[str, str, str]] = []
-    if (schedule := findings.schedule) is not None:
-        for phase in Phase:
-            rows.append((f"layers run in {phase}", str(schedule.num_executed(phase)), f"of {schedule.num_layers}"))
-    if (manifest := findings.manifest) is not None:
-        size = tables.format_bytes(manifest.graph_weight_bytes)
-        rows.append(("weights", size, f"of {tables.format_bytes(manifest.source_bytes)}"))
-    if findings.evaluation is not None:
-        first, last = findings.evaluation["runners"][0], findings.evaluation["runners"][-1]
-        if first["accuracy"]:
-            rows.append(
-                ("mean accuracy", f"{_mean_accuracy(last):.1%}", f"{first['name']}: {_mean_accuracy(first):.1%}")
-            )
-    if findings.benchmark is not None:
-        pruned_timing = findings.benchmark["timings"][-1]
-        for key, label in (("ttft", "time to first token"), ("tpot", "time per output token")):
-            rows.append(
-                (
-                    label,
-                    f"{pruned_timing[key]['median'] * 1000:.2f} ms",
-                    f"{pruned_timing[f'{key}_ratio']['median']:.2f} x whole model",
-                )
-            )
-    return rows
-
-
-def _mean_accuracy(result: Mapping[str, Any]) -> float:
-    shares = [task["share"] for task in result["accuracy"].values()]
-    return float(sum(shares) / len(shares))
-
-
-_MEASURES = (
-    ("activation_frequency", "LAC activation frequency"),
-    ("block_influence", "block influence"),
-    ("relative_norm_change", "relative norm change"),
-    ("attention_influence", "attention, 1 - cosine"),
-    ("mlp_influence", "MLP, 1 - cosine"),
-)
-_MARKS = {
-    LayerAction.FULL: "runs",
-    LayerAction.SKIP_MLP: "attn",
-    LayerAction.SKIP_ATTENTION: "mlp",
-    LayerAction.KV_MLP: "kv+mlp",
-    LayerAction.KV_ONLY: "kv",
-    LayerAction.SKIP: "-",
-}
-
-
-def _draw_heat_map(profile: Profile | None, schedule: Schedule | None) -> str:
-    """Layer x phase as SVG: a row a measure and phase, and a row a phase with what the schedule does."""
-    if profile is None:
-        return ""
-    num_layers, cell, left, height = profile.model.num_layers, 34, 230, 24
-    rows: list[str] = []
-    y = 22
-    for layer in range(num_layers):
-        rows.append(f'<text x="{left + layer * cell + cell / 2}" y="14" class="number">{layer}</text>')
-    for name, label in _MEASURES:
-        for phase in Phase:
-            values: Sequence[float] = getattr(profile.statistics(phase), name)
-            rows.append(f'<text x="{left - 8}" y="{y + 16}" class="label">{html.escape(label)}, {phase}</text>')
-            top = 1.0 if name == "activation_frequency" else max(*values, 1e-12)
-            for layer, value in enumerate(values):
-                share = min(1.0, value / top)
-                x = left + layer * cell
-                shown = f"{value:.2f}".removeprefix("0")
-                rows.append(
-                    f"<g><title>layer {layer}, {phase}: {html.escape(label)} {value:.4f}</title>"
-                    f'<rect x="{x}" y="{y}" width="{cell - 2}" height="{height - 2}" class="heat" fill-opacity="{share:.3f}"/>'
-                    f'<text x="{x + cell / 2 - 1}" y="{y + 15}" class="value{" light" if share > 0.55 else ""}">{shown}</text></g>'
-                )
-            y += height
-        y += 6
-    for phase in Phase if schedule is not None else ():
-        assert schedule is not None
-        rows.append(f'<text x="{left - 8}" y="{y + 16}" class="label">schedule, {phase}</text>')
-        for layer, action in enumerate(schedule.actions(phase)):
-            x = left + layer * cell
-            kind = "runs" if action.executes else "cached" if action.writes_kv else "dropped"
-            rows.append(
-                f"<g><title>layer {layer}, {phase}: {action}</title>"
-                f'<rect x="{x}" y="{y}" width="{cell - 2}" height="{height - 2}" class="{kind}"/>'
-                f'<text x="{x + cell / 2 - 1}" y="{y + 15}" class="value{" light" if kind == "runs" else ""}">'
-                f"{_MARKS[action]}</text></g>"
-            )
-        y += height
-    width = left + num_layers * cell
-    return (
-        f'<svg viewBox="0 0 {width} {y + 4}" role="img" style="min-width:{min(width, 640)}px" '
-        f'aria-label="Heat map of {num_layers} layers by phase and measure, with the schedule below">{"".join(rows)}</svg>'
-    )
+def _points(share: float) -> str:
+    return f"{share * 100:+.1f}"

@@ -20,7 +20,12 @@ from voidprune.schedule import Schedule, read_schedule
 
 @dataclass(frozen=True)
 class Findings:
-    """What a folder holds. Evaluations, comparisons and benchmarks are documents of their JSON form."""
+    """What a folder holds. Evaluations, comparisons, benchmarks and the like are documents of their JSON form.
+
+    `manifest` is that of the pruned bundle, one with graphs before one without, and `bundle` its folder within this one, "." for
+    the folder itself. `files` are the names of the files that are read, with their hashes. `command` is what made the folder, where
+    that was written down; `has_steps` whether a recipe did.
+    """
 
     profile: Profile | None
     schedule: Schedule | None
@@ -28,6 +33,13 @@ class Findings:
     evaluation: artifacts.Document | None
     comparison: artifacts.Document | None
     benchmark: artifacts.Document | None
+    probe: artifacts.Document | None = None
+    harness: artifacts.Document | None = None
+    adaptive: artifacts.Document | None = None
+    bundle: str = ""
+    files: tuple[tuple[str, str], ...] = ()
+    command: str = ""
+    has_steps: bool = False
 
 
 def schema_kind(path: Path) -> str | None:
@@ -91,26 +103,50 @@ def collect_findings(folder: Path) -> Findings:
     for file in sorted(folder.glob("*.json")):
         if (kind := schema_kind(file)) is not None:
             found.setdefault(kind, file)
-    bundles = [manifests.read_manifest(file.parent) for file in sorted(folder.glob(f"*/{manifests.FILE}"))]
+    bundles = {
+        file.parent.name: manifests.read_manifest(file.parent) for file in sorted(folder.glob(f"*/{manifests.FILE}"))
+    }
     if manifests.KIND in found:
-        bundles.insert(0, manifests.read_manifest(folder))
-    if not found and not bundles:
+        bundles = {".": manifests.read_manifest(folder), **bundles}
+    if not found.keys() & _READABLE and not bundles:
         raise ArtifactError(f"{folder} holds no results", hint="voidprune eval, bench and export write some")
 
     def document(kind: str) -> artifacts.Document | None:
         return _read_result(found[kind], kind) if kind in found else None
 
-    pruned = [bundle for bundle in bundles if not bundle.schedule.is_full] or bundles
+    pruned = {name: bundle for name, bundle in bundles.items() if not bundle.schedule.is_full} or bundles
+    name = min(pruned, key=lambda one: not pruned[one].graphs, default="")
+    manifest = pruned[name] if pruned else None
     schedule = read_schedule(found[SCHEDULE_KIND]) if SCHEDULE_KIND in found else None
-    schedule = schedule or (pruned[0].schedule if pruned else None)
+    schedule = schedule or (manifest.schedule if manifest is not None else None)
     profile = profiles.read_profile(found[profiles.KIND]) if profiles.KIND in found else None
     if schedule is not None and profile is not None:
         schedule.check_model(profile.model, place=f"the schedule in {folder}")
+    read = [found[kind] for kind in sorted(found.keys() & _READABLE)]
+    if manifest is not None and manifests.KIND not in found:
+        read.append(folder / name / manifests.FILE)
     return Findings(
         profile=profile,
         schedule=schedule,
-        manifest=pruned[0] if pruned else None,
+        manifest=manifest,
         evaluation=document("evaluation"),
         comparison=document("comparison"),
         benchmark=document("benchmark"),
+        probe=document("probe"),
+        harness=document("harness"),
+        adaptive=document("adaptive-evaluation"),
+        bundle=name,
+        files=tuple((file.relative_to(folder).as_posix(), artifacts.file_hash(file)) for file in read),
+        command=_read_command(found["run"]) if "run" in found else "",
+        has_steps="steps" in found,
     )
+
+
+_READABLE = {profiles.KIND, SCHEDULE_KIND, manifests.KIND, *_RESULTS}
+
+
+def _read_command(file: Path) -> str:
+    """What `walkthrough.run_demo` wrote down. Raises ArtifactError."""
+    document = artifacts.read_document(file, kind="run", version=1)
+    artifacts.check_keys(document, required={"schema", "command"}, place=str(file))
+    return str(document["command"])

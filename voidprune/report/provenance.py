@@ -1,0 +1,218 @@
+"""Where everything comes from, and the commands that make it again. DIR is the folder of the results."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from voidprune.report.findings import Findings
+from voidprune.report.summary import (
+    benchmark_command,
+    bundle_path,
+    evaluation_command,
+    judged_runner,
+    source_name,
+    whole_runner,
+)
+from voidprune.report.timings import read_timings
+from voidprune.schedule import schedule_hash
+
+Fact = tuple[str, str]
+
+_LIMITS = {
+    "keep_prefill": "--keep-prefill",
+    "keep_decode": "--keep-decode",
+    "max_bytes": "--max-bytes",
+    "max_kv_bytes_per_token": "--max-kv-bytes-per-token",
+    "max_prefill_flops": "--max-prefill-flops",
+    "max_decode_bytes": "--max-decode-bytes",
+    "protected": "--protect",
+    "dropped": "--drop-layers",
+    "phases": "--phases",
+    "seed": "--seed",
+}
+"""Keys of a schedule's origin that are options of `voidprune plan`."""
+
+
+def list_provenance(findings: Findings) -> list[Fact]:
+    """(what, value), from the model down to the machine."""
+    facts: list[Fact] = []
+    model = (findings.schedule or findings.profile or (findings.manifest and findings.manifest.schedule)) or None
+    if model is not None:
+        identity = model.model
+        facts += [
+            ("model", f"{identity.name}, {identity.model_type}, {identity.num_layers} layers"),
+            ("model fingerprint", identity.fingerprint),
+        ]
+    if (manifest := findings.manifest) is not None:
+        facts.append(("source", manifest.source))
+        if manifest.source_revision is not None:
+            facts.append(("source, commit", manifest.source_revision))
+        facts.append(("headers of the exported weights", manifest.weights_header))
+        if (parity := manifest.parity) is not None:
+            found = [
+                (name, value)
+                for name, value in (("checkpoint", parity.hf), ("graphs", parity.onnx))
+                if value is not None
+            ]
+            told = ", ".join(f"{name} {value:.2g}" for name, value in found)
+            facts.append(("largest difference of logits", f"{told}; allowed {parity.tolerance:.2g}"))
+        facts.append(("export written by", manifest.written_by))
+    if findings.schedule is not None:
+        facts.append(("schedule", schedule_hash(findings.schedule)))
+    if (profile := findings.profile) is not None:
+        calibration = profile.calibration
+        facts += [
+            ("calibration", f"{calibration.num_samples} samples, responses: {calibration.responses}"),
+            ("calibration data", ", ".join(calibration.fingerprints)),
+            ("LAC", f"alpha {profile.lac.alpha:g}, {profile.lac.arithmetic}"),
+        ]
+    facts += _measured(findings)
+    return facts
+
+
+def _measured(findings: Findings) -> list[Fact]:
+    facts: list[Fact] = []
+    for name, document in (
+        ("evaluation", findings.evaluation),
+        ("comparison", findings.comparison),
+        ("probe", findings.probe),
+        ("LAC at run time", findings.adaptive),
+    ):
+        if document is None:
+            continue
+        facts.append((f"{name}, data", str(document["dataset"])))
+        if (samples := document.get("samples")) is not None:
+            facts.append((f"{name}, samples", str(samples)))
+        if (seed := _seed(document)) is not None:
+            facts.append((f"{name}, seed", str(seed)))
+        if (writer := document.get("written_by")) is not None:
+            facts.append((f"{name} written by", str(writer)))
+    if findings.harness is not None:
+        facts.append(("lm_eval written by", str(findings.harness["written_by"])))
+    if findings.benchmark is not None:
+        facts += [(f"benchmark, {name}", value) for name, value in read_timings(findings.benchmark).conditions]
+    return facts
+
+
+def _seed(document: Mapping[str, Any]) -> Any:
+    for part in ("settings", "intervals"):
+        if isinstance(found := document.get(part), Mapping) and "seed" in found:
+            return found["seed"]
+    return None
+
+
+def list_commands(findings: Findings) -> tuple[list[str], str]:
+    """The commands, and what to know of them."""
+    if findings.command:
+        return [findings.command, "voidprune report DIR -o report.html"], "Written down when the folder was made."
+    commands = []
+    model = shlex.quote(source_name(findings))
+    if (profile := findings.profile) is not None:
+        responses = f"--responses {profile.calibration.responses}"
+        commands.append(
+            f"voidprune profile {model} -o DIR/profile.json --dataset DATASET {responses} --alpha {profile.lac.alpha:g}"
+            f" --max-new-tokens {profile.calibration.max_new_tokens or 64}"
+        )
+    if findings.schedule is not None:
+        commands.append(_plan_command(findings))
+    if (manifest := findings.manifest) is not None:
+        if manifest.healing is not None:
+            methods = " ".join(f"--method {method}" for method in manifest.healing.methods)
+            commands.append(
+                f"voidprune heal {model} --schedule DIR/schedule.json -o DIR/healed {methods} --dataset DATASET"
+            )
+            commands.append(f"voidprune export DIR/healed -o {bundle_path(findings)} --precision {manifest.precision}")
+        else:
+            commands.append(
+                f"voidprune export {model} --schedule DIR/schedule.json -o {bundle_path(findings)} --precision {manifest.precision}"
+            )
+    if (evaluation := findings.evaluation) is not None:
+        limit = f" --max-new-tokens {evaluation['max_new_tokens']}"
+        command = evaluation_command(findings)
+        if whole_runner(evaluation) is None:
+            command = command.replace(f" --baseline {source_name(findings)}", "")
+        commands.append(command + limit)
+    if findings.benchmark is not None:
+        known = dict(read_timings(findings.benchmark).conditions)
+        options = (
+            ("prompt, tokens", "--prompt-length"),
+            ("new tokens", "--new-tokens"),
+            ("interleaved rounds", "--rounds"),
+            ("threads", "--threads"),
+            ("provider", "--provider"),
+        )
+        told = "".join(f" {option} {known[name]}" for name, option in options if name in known)
+        commands.append(benchmark_command(findings) + told)
+    if (probe := findings.probe) is not None:
+        settings = probe["settings"]
+        scopes = " ".join(f"--scope {scope}" for scope in settings["scopes"])
+        commands.append(
+            f"voidprune probe {model} -o DIR/probe.json --tasks TASKS {scopes} --margin {settings['margin']:g} "
+            f"--max-new-tokens {settings['max_new_tokens']} --seed {settings['seed']}"
+        )
+    commands.append("voidprune report DIR -o report.html")
+    about = "Put together from what the files say of themselves; DATASET and TASKS stand for data, whose names they do not hold."
+    if findings.has_steps:
+        return [
+            "voidprune run RECIPE -o DIR",
+            *commands,
+        ], f"The first command makes the whole folder from its recipe; the others its parts. {about}"
+    return commands, about
+
+
+def _plan_command(findings: Findings) -> str:
+    schedule = findings.schedule
+    assert schedule is not None
+    origin = schedule.origin
+    start = (
+        "voidprune plan DIR/profile.json"
+        if findings.profile is not None
+        else f"voidprune plan {shlex.quote(source_name(findings))}"
+    )
+    if origin.get("criterion") == "probe":
+        return f"{start} --from-probe DIR/probe.json -o DIR/schedule.json"
+    told = "".join(f" {option} {shlex.quote(str(origin[key]))}" for key, option in _LIMITS.items() if key in origin)
+    criterion = origin.get("criterion")
+    chosen = f" --criterion {shlex.quote(str(criterion))}" if criterion not in (None, "none", "explicit") else ""
+    goal = "".join(
+        f" --{key.replace('_', '-')} {shlex.quote(str(origin[key]))}" for key in ("goal", "max_loss") if key in origin
+    )
+    rest = f" --boundary {schedule.boundary}" + (" --single-turn" if schedule.single_turn else "")
+    return f"{start} -o DIR/schedule.json{chosen}{goal}{told}{rest}"
+
+
+def list_missing(findings: Findings) -> list[Fact]:
+    """(what is not in the folder, the command that adds it)."""
+    model = shlex.quote(source_name(findings))
+    missing: list[Fact] = []
+    for there, what, command in (
+        (findings.profile, "what layers do", f"voidprune profile {model} -o DIR/profile.json"),
+        (findings.schedule, "a schedule", "voidprune plan DIR/profile.json -o DIR/schedule.json --keep 0.7"),
+        (
+            findings.manifest,
+            "an export",
+            f"voidprune export {model} --schedule DIR/schedule.json -o DIR/pruned",
+        ),
+        (findings.evaluation or findings.harness, "quality", evaluation_command(findings)),
+        (findings.benchmark, "time and memory", benchmark_command(findings)),
+        (
+            findings.comparison,
+            "criteria and controls at equal cost",
+            f"voidprune compare {model} --dataset DATASET -o DIR/comparison.json",
+        ),
+        (
+            findings.probe,
+            "what layers need of earlier tokens",
+            f"voidprune probe {model} --tasks TASKS -o DIR/probe.json",
+        ),
+    ):
+        if there is None:
+            missing.append((what, command))
+    return missing
+
+
+def judged_name(findings: Findings) -> str:
+    assert findings.evaluation is not None
+    return str(judged_runner(findings.evaluation)["name"])
