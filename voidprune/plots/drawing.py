@@ -28,6 +28,7 @@ COLOURS = {
     "orange": ("#d55e00", "#f58a3c"),
     "green": ("#00805f", "#2fc49a"),
     "pink": ("#b8578f", "#e39ac2"),
+    "violet": ("#5b3a8e", "#b79be0"),
     "gold": ("#b07d00", "#e6b23a"),
     "sky": ("#2b8fc4", "#8fd0f2"),
     "grey": ("#6d7985", "#97a3ae"),

@@ -124,10 +124,9 @@ def _draw_actions(schedule: Schedule, phase: Phase, left: float, y: float, cell:
 
 
 def _draw_row(row: Row, left: float, y: float, cell: float) -> list[Element]:
-    elements: list[Element] = []
+    elements: list[Element] = [box(left + 1, y + 1, len(row.shades) * cell - 2, ROW - 3, Paint(fill="soft"))]
     for layer, (shade, text, title) in enumerate(zip(row.shades, row.texts, row.titles, strict=True)):
         x = left + layer * cell
-        elements.append(box(x + 1, y + 1, cell - 2, ROW - 3, Paint(fill="soft")))
         elements.append(box(x + 1, y + 1, cell - 2, ROW - 3, Paint(fill="hot", opacity=round(shade, 3)), title))
         if text:
             elements.append(Text(x + cell / 2, y + 13.5, text, 10, "middle", "paper" if shade > 0.55 else "ink"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from voidprune.planning.criteria import CRITERIA
 from voidprune.plots.drawing import Drawing, Element, Paint, Shape, Text, box, estimate_width, line, regular
 
-_HUES = ("blue", "orange", "green", "pink", "gold", "sky")
+_HUES = ("blue", "violet", "green", "pink", "gold", "sky")
 _CORNERS = (24, 4, 3, 5, 6)
 """Corners of the shapes, in turn: a circle, a diamond, a triangle, a pentagon, a hexagon."""
 
@@ -40,8 +40,8 @@ class Mark:
 
 
 WHOLE = Mark("ink", 0)
-SHIPPED = Mark("frame", 4)
-PREDICTED = Mark("frame", 4, is_hollow=True)
+SHIPPED = Mark("frame", 4, is_star=True)
+PREDICTED = Mark("frame", 4, is_star=True, is_hollow=True)
 
 
 def mark_of(name: str) -> Mark:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from voidprune.plots.axes import Scale, draw_frame
@@ -10,7 +11,7 @@ from voidprune.plots.drawing import Drawing, Element, Paint, Shape, Text, box, l
 from voidprune.plots.marks import Mark
 
 WIDTH, HEIGHT, GAP = 196.0, 126.0, 14.0
-LEFT, TOP = 46.0, 46.0
+LEFT, TOP = 46.0, 62.0
 PLOT_TOP, PLOT_BOTTOM = 8.0, 22.0
 
 SCOPES = {
@@ -30,7 +31,9 @@ def draw_probe(document: Mapping[str, Any]) -> Drawing:
     for column, intervention in enumerate(interventions):
         x = LEFT + column * (WIDTH + GAP)
         curves = [one for one in results if one["intervention"] == intervention]
-        elements += [Text(x, 14, intervention, 13, bold=True), Text(x, 31, _verdict(curves), 10.5, colour="faint")]
+        elements.append(Text(x, 14, intervention, 13, bold=True))
+        for number, one in enumerate(curves):
+            elements.append(Text(x, 30 + 14 * number, _verdict(one, len(curves) > 1), 10.5, colour="faint"))
         for row, task in enumerate(tasks):
             y = TOP + row * (HEIGHT + GAP)
             elements += _draw_small(document, task, curves, x, y, is_first=not column, is_last=row == len(tasks) - 1)
@@ -58,18 +61,12 @@ def describe_probe(document: Mapping[str, Any]) -> str:
     return " ".join(told)
 
 
-def _verdict(curves: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    for one in curves:
-        depth, seen = one["harmless_from"], one["unharmed_from"]
-        name = f"{one['scope']}: " if len(curves) > 1 else ""
-        if depth is not None:
-            parts.append(f"{name}harmless from {depth}")
-        elif seen is not None:
-            parts.append(f"{name}unproven from {seen}")
-        else:
-            parts.append(f"{name}harmful")
-    return "; ".join(parts)
+def _verdict(curve: Mapping[str, Any], is_one_of_several: bool) -> str:
+    depth, seen = curve["harmless_from"], curve["unharmed_from"]
+    name = f"{curve['scope']}: " if is_one_of_several else ""
+    if depth is not None:
+        return f"{name}harmless from {depth}"
+    return f"{name}no loss seen from {seen}" if seen is not None else f"{name}harmful to the last layer"
 
 
 def _draw_small(
@@ -96,16 +93,8 @@ def _draw_small(
         y_scale = Scale(min(*ratios, 1.0) * 0.95, max(*ratios, 1.1) * 1.05, bottom, top, is_log=True)
         form = "{:g}".format
     elements: list[Element] = []
-    for one in curves[:1]:
-        depth, proven = one["harmless_from"], True
-        if depth is None:
-            depth, proven = one["unharmed_from"], False
-        if depth is not None:
-            start = x_scale.at(depth - 0.5)
-            paint = Paint(fill="green", opacity=0.16) if proven else Paint(fill="grey", opacity=0.12)
-            elements.append(box(start, top, x + WIDTH - start, bottom - top, paint))
-            edge = Paint(stroke="green" if proven else "grey", width=1.5, dashes=() if proven else (3, 2))
-            elements.append(line([(start, top), (start, bottom)], edge))
+    for number, one in enumerate(curves):
+        elements += _mark_harmless(one, x_scale, top, bottom, is_filled=not number)
     step = max(1, -(-num_layers // 8))
     frame = draw_frame(
         x_scale,
@@ -136,6 +125,24 @@ def _draw_small(
         measure = "accuracy, %" if is_answered else "perplexity, x"
         elements.append(Text(x - 36, y + 2, f"{task}: {measure}", 11, bold=True))
     return elements
+
+
+def _mark_harmless(
+    curve: Mapping[str, Any], x_scale: Scale, top: float, bottom: float, *, is_filled: bool
+) -> list[Element]:
+    """From the depth on that is harmless: shaded for the first curve, an edge in its colour for others; grey where not shown."""
+    depth, is_shown = curve["harmless_from"], True
+    if depth is None:
+        depth, is_shown = curve["unharmed_from"], False
+    if depth is None:
+        return []
+    start = x_scale.at(depth - 0.5)
+    colour = "green" if is_shown else "grey"
+    edge = Paint(stroke=colour if is_filled else SCOPES[curve["scope"]].colour, width=1.5)
+    if not is_shown:
+        edge = replace(edge, dashes=(3, 3), width=1.2)
+    area = box(start, top, x_scale.end - start, bottom - top, Paint(fill=colour, opacity=0.16 if is_shown else 0.12))
+    return [*([area] if is_filled else []), line([(start, top), (start, bottom)], edge)]
 
 
 def _draw_key(results: Sequence[Mapping[str, Any]], y: float) -> list[Element]:

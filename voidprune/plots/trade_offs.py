@@ -10,8 +10,8 @@ from voidprune.plots.axes import Scale, draw_frame, span
 from voidprune.plots.drawing import Drawing, Element, Paint, Text, box, estimate_width, line, stack
 from voidprune.plots.marks import PREDICTED, SHIPPED, WHOLE, Mark, draw_legend, draw_whiskers, mark_of
 
-WIDTH, HEIGHT = 356.0, 318.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 30.0, 46.0
+WIDTH, HEIGHT = 356.0, 330.0
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 30.0, 60.0
 
 AXES = {
     "bytes": ("weight_bytes", "Size", "bytes of the checkpoint"),
@@ -105,6 +105,9 @@ def draw_panel(panel: Panel, *, accuracy: bool) -> Drawing:
             [point for point in panel.points if point.name == name], mark_of(name), x_scale, y_scale, accuracy
         )
     elements += _draw_shipped(panel, x_scale, y_scale, accuracy)
+    if panel.measured is not None:
+        words = f"filled star: {panel.measured_axis}, % of the whole model's"
+        elements.append(Text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, words, 11, "middle"))
     whole = panel.whole
     if whole.interval is not None:
         elements += draw_whiskers(x_scale.at(1), _places(y_scale, whole.interval), Paint(stroke="ink", width=1.2))

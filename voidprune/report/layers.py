@@ -117,7 +117,9 @@ def draw_layers(facts: LayerFacts, schedule: Schedule | None, *, model: str) -> 
         if kind != criterion.needs_profile:
             kind = criterion.needs_profile
             heading = (
-                "criteria: darkest stays longest, lightest goes first" if kind else "controls, which look at nothing"
+                "criteria: the fuller the colour, the longer a layer stays"
+                if kind
+                else "controls, which look at nothing"
             )
         groups.append(Group(name, tuple(map(_ranking_row, rankings)), heading))
     return draw_heat_map(

@@ -65,7 +65,8 @@ class Figure:
             return ""
         if self.interval is None:
             return describe_change(self.share)
-        return f"{describe_change(self.share)} [{(self.interval[0] - 1) * 100:+.0f}, {(self.interval[1] - 1) * 100:+.0f} %]"
+        low, high = ((end - 1) * 100 for end in self.interval)
+        return f"{(self.share - 1) * 100:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
     def to_document(self) -> artifacts.Document:
         interval = None if self.interval is None else list(self.interval)
@@ -405,7 +406,10 @@ def _of(count: int, total: int) -> str:
 
 
 def _layers(layers: Sequence[int]) -> str:
-    return f"Layer {layers[0]}" if len(layers) == 1 else f"Layers {format_layers(layers)}"
+    if len(layers) == 1:
+        return f"Layer {layers[0]}"
+    named = format_layers(layers)
+    return f"Layers {named}" if len(named) <= 40 else f"{len(layers)} layers"
 
 
 def format_layers(layers: Sequence[int]) -> str:

@@ -111,7 +111,7 @@ def explain_panels(findings: Findings, panels: list[Panel]) -> str:
     timed = [panel.measured_axis for panel in panels if panel.scope != "bytes" and panel.measured is not None]
     if timed:
         told.append(
-            f"Filled diamonds lie at the {' and '.join(timed)}; every other point was not timed and lies at its cost, which the "
+            f"Filled stars lie at the {' and '.join(timed)}; every other point was not timed and lies at its cost, which the "
             "axis names."
         )
     elif panels:
