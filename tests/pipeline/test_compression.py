@@ -29,18 +29,18 @@ RECIPE = CompressionRecipe(
 ALL = ["profile", "plan", "heal", "evaluate", "export", "bench", "report"]
 
 
-def render(folder: Path) -> str:
-    return f"<p>{len(list(folder.iterdir()))} files</p>"
+def write(folder: Path, file: Path) -> None:
+    file.write_text(f"<p>{len(list(folder.iterdir()))} files</p>")
 
 
 def run(recipe: CompressionRecipe, folder: Path, *, rerun: Sequence[str] = ()) -> list[str]:
     """The steps that were run."""
-    steps = compression_steps(recipe, folder, render_report=render)
+    steps = compression_steps(recipe, folder, write_report=write)
     return [state.name for state in run_steps(steps, folder, rerun=rerun) if state.must_run]
 
 
 def previewed(recipe: CompressionRecipe, folder: Path) -> list[str]:
-    states = preview_steps(compression_steps(recipe, folder, render_report=render), folder)
+    states = preview_steps(compression_steps(recipe, folder, write_report=write), folder)
     return [state.name for state in states if state.must_run]
 
 

@@ -26,6 +26,7 @@ def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) 
     """
     from voidprune import artifacts, walkthrough
     from voidprune.report import write_report
+    from voidprune.report.record import write_record
     from voidprune.tables import (
         benchmark_table,
         comparison_table,
@@ -39,6 +40,7 @@ def demo(output: Path, num_items: int, seed: int, overwrite: bool, quiet: bool) 
     outcome = walkthrough.run_demo(
         output, num_items=num_items, seed=seed, overwrite=overwrite, track=progress_bars(quiet)
     )
+    write_record(output, ["demo", "--num-items", str(num_items), "--seed", str(seed), "-o", "DIR"])
     write_report(output, output / "report.html")
     print_tables(
         profile_table(outcome.profile),

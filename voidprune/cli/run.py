@@ -85,7 +85,11 @@ def run(
     recipe = replace(recipe, model=model or recipe.model)
     if isinstance(recipe, CompressionRecipe):
         recipe = replace(recipe, dtype=dtype or recipe.dtype)
-        _run_compression(recipe, output, rerun=rerun, dry_run=dry_run, quiet=quiet)
+        changes = [*(("--model", model) if model else ()), *(("--dtype", dtype) if dtype else ())]
+        record = ["run", str(recipe_file), "-o", "DIR", *changes]
+        _run_compression(
+            recipe, output, record=record, text=recipe_file.read_text(), rerun=rerun, dry_run=dry_run, quiet=quiet
+        )
         return
     recipe = replace(
         _with_files(recipe, data),
@@ -97,13 +101,26 @@ def run(
 
 
 def _run_compression(
-    recipe: CompressionRecipe, folder: Path, *, rerun: tuple[str, ...], dry_run: bool, quiet: bool
+    recipe: CompressionRecipe,
+    folder: Path,
+    *,
+    record: list[str],
+    text: str,
+    rerun: tuple[str, ...],
+    dry_run: bool,
+    quiet: bool,
 ) -> None:
+    """`record` is the command that the report shows, `text` the recipe."""
     from voidprune.pipeline.compression import compression_steps
     from voidprune.pipeline.steps import preview_steps, run_steps
-    from voidprune.report import render_report
+    from voidprune.report import write_report
+    from voidprune.report.record import write_record
 
-    steps = compression_steps(recipe, folder, render_report=render_report, track=progress_bars(quiet))
+    def write(made: Path, page: Path) -> None:
+        write_record(made, record, recipe=text)
+        write_report(made, page, overwrite=True)
+
+    steps = compression_steps(recipe, folder, write_report=write, track=progress_bars(quiet))
     if dry_run:
         for state in preview_steps(steps, folder, rerun=rerun):
             _tell(state, "run" if state.must_run else "keep")

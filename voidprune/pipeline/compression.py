@@ -38,22 +38,22 @@ HEALED, PRUNED, REPORT = "healed", "pruned", "report.html"
 
 
 def compression_steps(
-    recipe: CompressionRecipe, folder: Path, *, render_report: Callable[[Path], str], track: Track = untracked
+    recipe: CompressionRecipe, folder: Path, *, write_report: Callable[[Path, Path], object], track: Track = untracked
 ) -> list[Step]:
-    """The steps of a recipe; what they write lies in `folder`. `render_report` makes a page of such a folder.
+    """The steps of a recipe; what they write lies in `folder`. `write_report(folder, file)` makes a page of such a folder.
 
     Raises what opening the model and reading the data raises, and BudgetError for a plan that mixes ways: nothing has run by then.
     """
-    return _Compression(recipe, folder, render_report, track).steps()
+    return _Compression(recipe, folder, write_report, track).steps()
 
 
 class _Compression:
     """One recipe in one folder: each method is a step."""
 
     def __init__(
-        self, recipe: CompressionRecipe, folder: Path, render_report: Callable[[Path], str], track: Track
+        self, recipe: CompressionRecipe, folder: Path, write_report: Callable[[Path, Path], object], track: Track
     ) -> None:
-        self.recipe, self.folder, self.render_report, self.track = recipe, folder, render_report, track
+        self.recipe, self.folder, self.write_report, self.track = recipe, folder, write_report, track
         self.checkpoint = open_model(recipe.model)
         self.request = _plan_request(recipe)
         self.rows = self.request.calibrated.rows()
@@ -209,7 +209,7 @@ class _Compression:
         artifacts.write_file(self.folder / BENCHMARK, artifacts.canonical_bytes(document), overwrite=True)
 
     def report(self) -> None:
-        artifacts.write_file(self.folder / REPORT, self.render_report(self.folder).encode(), overwrite=True)
+        self.write_report(self.folder, self.folder / REPORT)
 
 
 def _plan_request(recipe: CompressionRecipe) -> PlanRequest:

@@ -9,13 +9,13 @@ from voidprune.planning.criteria import CRITERIA
 from voidprune.plots.drawing import Drawing, Element, Paint, Shape, Text, box, estimate_width, line, regular
 
 _HUES = ("blue", "violet", "green", "pink", "gold", "sky")
-_CORNERS = (24, 4, 3, 5, 6)
-"""Corners of the shapes, in turn: a circle, a diamond, a triangle, a pentagon, a hexagon."""
+_CORNERS = (24, 4, 3, 0, -3, 5)
+"""Corners of the shapes, in turn: a circle, a diamond, a triangle, a square, a triangle on its head, a pentagon."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """`corners` 0 is a square; with `is_star` they are the star's. A hollow mark is an outline."""
+    """`corners` 0 is a square, below 0 they stand on their head; with `is_star` a star of them. A hollow mark is an outline."""
 
     colour: str
     corners: int
@@ -30,8 +30,10 @@ class Mark:
         if self.corners == 0:
             side = radius * 1.7
             return box(x - side / 2, y - side / 2, side, side, paint, title)
-        reach = radius * (1.5 if self.is_star else 1.2 if self.corners == 3 else 1.1)
-        shape = regular(x, y, reach, self.corners, inner=reach * 0.45 if self.is_star else None)
+        corners = abs(self.corners)
+        reach = radius * (1.5 if self.is_star else 1.2 if corners == 3 else 1.1)
+        inner = reach * 0.45 if self.is_star else None
+        shape = regular(x, y, reach, corners, turn=0 if self.corners > 0 else 180, inner=inner)
         return replace(shape, paint=paint, title=title)
 
     @property
@@ -56,10 +58,10 @@ def mark_of(name: str) -> Mark:
         index = measured.index(name)
         again = (index // len(_HUES)) * 2
         return Mark(
-            _HUES[index % len(_HUES)], (*_CORNERS, 0)[(index + again) % 6], dashes=() if index < len(_HUES) else (6, 3)
+            _HUES[index % len(_HUES)], _CORNERS[(index + again) % 6], dashes=() if index < len(_HUES) else (6, 3)
         )
     index = controls.index(name) if name in controls else len(controls)
-    return Mark("grey", (*_CORNERS, 0)[index % 6], is_hollow=True, dashes=(2.0, 2.0 + index))
+    return Mark("grey", _CORNERS[index % 6], is_hollow=True, dashes=(2.0, 2.0 + index))
 
 
 def draw_legend(entries: Sequence[tuple[str, Mark]], *, width: float) -> Drawing:

@@ -10,9 +10,9 @@ from voidprune.plots.axes import Scale, draw_frame
 from voidprune.plots.drawing import Drawing, Element, Paint, Shape, Text, box, line
 from voidprune.plots.marks import Mark
 
-WIDTH, HEIGHT, GAP = 196.0, 126.0, 14.0
+WIDTH, HEIGHT, GAP = 196.0, 131.0, 14.0
 LEFT, TOP = 46.0, 62.0
-PLOT_TOP, PLOT_BOTTOM = 8.0, 22.0
+PLOT_TOP, PLOT_BOTTOM = 13.0, 22.0
 
 SCOPES = {
     "prompt": Mark("blue", 24),

@@ -99,6 +99,7 @@ def make_report(folder: Path) -> Report:
         "caveats": caveats,
         "commands": commands,
         "about_commands": about_commands,
+        "recipe": "" if findings.record is None else findings.record.recipe,
     }
     inline = {name: plots.paint_inline(drawing, name=name) for name, drawing in pictures.items()}
     page = (

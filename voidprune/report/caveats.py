@@ -76,7 +76,12 @@ def _of_healing(findings: Findings) -> list[str]:
     if manifest is None or manifest.healing is None:
         return []
     found, count = [], len(manifest.healing.prompts)
-    if findings.evaluation is not None:
+    if findings.evaluation is not None and findings.evaluation["model"] in (
+        manifest.source,
+        manifest.schedule.model.name,
+    ):
+        found.append("The evaluation is of the source under the schedule, without the weights that healing changed.")
+    elif findings.evaluation is not None:
         found.append(
             f"Overlap was checked: none of the evaluated prompts is among the {count} that it was healed with, or voidprune eval "
             "had refused."

@@ -14,6 +14,8 @@ from voidprune.execution import manifest as manifests
 from voidprune.execution.manifest import Manifest
 from voidprune.profiling import profile as profiles
 from voidprune.profiling.profile import Profile
+from voidprune.report.record import KIND as RECORD_KIND
+from voidprune.report.record import RunRecord, read_record
 from voidprune.schedule import KIND as SCHEDULE_KIND
 from voidprune.schedule import Schedule, read_schedule
 
@@ -23,8 +25,8 @@ class Findings:
     """What a folder holds. Evaluations, comparisons, benchmarks and the like are documents of their JSON form.
 
     `manifest` is that of the pruned bundle, one with graphs before one without, and `bundle` its folder within this one, "." for
-    the folder itself. `files` are the names of the files that are read, with their hashes. `command` is what made the folder, where
-    that was written down; `has_steps` whether a recipe did.
+    the folder itself. `files` are the names of the files that are read, with their hashes. `record` is the command that made the
+    folder, where that was written down.
     """
 
     profile: Profile | None
@@ -38,8 +40,7 @@ class Findings:
     adaptive: artifacts.Document | None = None
     bundle: str = ""
     files: tuple[tuple[str, str], ...] = ()
-    command: str = ""
-    has_steps: bool = False
+    record: RunRecord | None = None
 
 
 def schema_kind(path: Path) -> str | None:
@@ -137,16 +138,8 @@ def collect_findings(folder: Path) -> Findings:
         adaptive=document("adaptive-evaluation"),
         bundle=name,
         files=tuple((file.relative_to(folder).as_posix(), artifacts.file_hash(file)) for file in read),
-        command=_read_command(found["run"]) if "run" in found else "",
-        has_steps="steps" in found,
+        record=read_record(found[RECORD_KIND]) if RECORD_KIND in found else None,
     )
 
 
 _READABLE = {profiles.KIND, SCHEDULE_KIND, manifests.KIND, *_RESULTS}
-
-
-def _read_command(file: Path) -> str:
-    """What `walkthrough.run_demo` wrote down. Raises ArtifactError."""
-    document = artifacts.read_document(file, kind="run", version=1)
-    artifacts.check_keys(document, required={"schema", "command"}, place=str(file))
-    return str(document["command"])

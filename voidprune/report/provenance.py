@@ -105,8 +105,11 @@ def _seed(document: Mapping[str, Any]) -> Any:
 
 def list_commands(findings: Findings) -> tuple[list[str], str]:
     """The commands, and what to know of them."""
-    if findings.command:
-        return [findings.command, "voidprune report DIR -o report.html"], "Written down when the folder was made."
+    if findings.record is not None:
+        told = "Written down when the folder was made."
+        if findings.record.recipe:
+            told += " The recipe follows."
+        return [findings.record.command, "voidprune report DIR -o report.html"], told
     commands = []
     model = shlex.quote(source_name(findings))
     if (profile := findings.profile) is not None:
@@ -154,11 +157,6 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
         )
     commands.append("voidprune report DIR -o report.html")
     about = "Put together from what the files say of themselves; DATASET and TASKS stand for data, whose names they do not hold."
-    if findings.has_steps:
-        return [
-            "voidprune run RECIPE -o DIR",
-            *commands,
-        ], f"The first command makes the whole folder from its recipe; the others its parts. {about}"
     return commands, about
 
 

@@ -1,0 +1,65 @@
+"""Where it comes from, how to make it again, and what would add what is missing."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.report.documents import fill_folder
+from voidprune.cli import main
+from voidprune.report.findings import Findings, collect_findings
+from voidprune.report.provenance import list_commands, list_missing, list_provenance
+from voidprune.report.record import RunRecord
+
+
+@pytest.fixture
+def findings(tmp_path: Path) -> Findings:
+    fill_folder(tmp_path)
+    return collect_findings(tmp_path)
+
+
+def test_model_data_seeds_versions_and_machine_are_listed(findings: Findings) -> None:
+    facts = dict(list_provenance(findings))
+    assert facts["model"] == "tiny, llama, 2 layers"
+    assert facts["model fingerprint"] == "sha256:abc"
+    assert facts["calibration data"] == "sha256:default1"
+    assert facts["probe, seed"] == "3"
+    assert facts["probe, samples"] == "sha256:probed"
+    assert facts["evaluation, data"] == "<demo>"
+    assert facts["benchmark, machine"].startswith("a machine")
+    assert facts["benchmark, runtime"] == "onnxruntime 1"
+    assert "benchmark, threads" not in facts
+
+
+def test_commands_are_those_of_the_command_line(findings: Findings) -> None:
+    """Every command and option exists."""
+    commands, about = list_commands(findings)
+    assert "DATASET" in about
+    for command in (*commands, *(command for _, command in list_missing(Findings(*[None] * 6)))):
+        program, name, *arguments = shlex.split(command)
+        assert program == "voidprune"
+        known = CliRunner().invoke(main, [name, "--help"]).stdout
+        for argument in arguments:
+            if argument.startswith("-"):
+                assert argument in known, f"{name} knows no {argument}"
+    plan = next(command for command in commands if " plan " in command)
+    assert "--criterion lac" in plan
+    assert "--keep-prefill 0.5 --keep-decode 1.0" in plan
+    bench = next(command for command in commands if " bench " in command)
+    assert "--prompt-length 128 --new-tokens 32 --rounds 15 --provider cpu" in bench
+
+
+def test_what_was_written_down_comes_before_what_is_put_together(findings: Findings) -> None:
+    commands, about = list_commands(replace(findings, record=RunRecord("voidprune run r.yaml -o DIR", "model: demo")))
+    assert commands == ["voidprune run r.yaml -o DIR", "voidprune report DIR -o report.html"]
+    assert "recipe" in about
+
+
+def test_only_what_is_missing_is_missing(findings: Findings) -> None:
+    assert [what for what, _ in list_missing(findings)] == ["an export"]
+    without = replace(findings, probe=None, comparison=None)
+    assert [command.split()[1] for _, command in list_missing(without)] == ["export", "compare", "probe"]
