@@ -32,7 +32,7 @@ def plot_benchmark(document: Mapping[str, Any], *, format: str) -> bytes:
         for index, (name, rows, cases) in enumerate(lines):
             cases = sorted(cases, key=lambda case: case["length"])
             lengths = [case["length"] for case in cases]
-            style = line_style(index, name)
+            style = _line_style(index)
             middle = [1e3 * case["seconds"]["median"] for case in cases]
             bars = [
                 [1e3 * abs(case["seconds"]["median"] - case["seconds"][bound]) for case in cases]
@@ -52,11 +52,8 @@ def plot_benchmark(document: Mapping[str, Any], *, format: str) -> bytes:
     return _svg(figure).encode() if format == "svg" else _png(figure)
 
 
-def line_style(index: int, name: str) -> dict[str, Any]:
-    """How the line of a criterion looks: another one for each of twice seven rankings; searches are black and thick."""
-    if name.startswith("search"):
-        dashes = "-" if name == "search-loss" else "--"
-        return {"color": "black", "marker": "*", "markersize": 9, "linewidth": 2.2, "linestyle": dashes}
+def _line_style(index: int) -> dict[str, Any]:
+    """Another one for each of twice seven lines."""
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     dashes = "-" if index < len(COLOURS) else "--"
     return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.1, "linestyle": dashes}
