@@ -22,6 +22,7 @@ from tests.models.test_quantization import GPTQ, quantize
 from tests.tiny_models import TinyModel, build_model
 from voidprune.errors import CheckpointError, ModelError
 from voidprune.execution.manifest import Manifest, read_manifest
+from voidprune.export.quantize import uniform_packing
 from voidprune.models import remote
 from voidprune.models.checkpoint import Checkpoint, open_checkpoint
 from voidprune.pipeline.export import export_model
@@ -68,7 +69,19 @@ def test_export_of_a_hub_model_fetches_what_it_keeps(model: TinyModel, tmp_path:
             assert (tensor == model.model.model.layers[original].state_dict()[name]).all(), name
 
 
-def test_progress_is_in_bytes(model: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("formats", "precision", "packed", "runs"),
+    [
+        (("hf",), "bf16", None, 3),
+        (("hf", "onnx"), "keep", None, 3),
+        (("onnx",), "keep", "int8", 4),
+        (("onnx",), "keep", "fp32", 2),
+        (("hf", "onnx"), "keep", "int8", 6),
+    ],
+)
+def test_progress_is_in_bytes_and_in_runs(
+    model: TinyModel, tmp_path: Path, formats: tuple[str, ...], precision: str, packed: str | None, runs: int
+) -> None:
     from collections.abc import Iterator
     from contextlib import contextmanager
 
@@ -87,13 +100,15 @@ def test_progress_is_in_bytes(model: TinyModel, tmp_path: Path) -> None:
         model.checkpoint,
         dropped_schedule(model.identity, {1}),
         tmp_path / "out",
-        formats=("hf",),
-        precision="bf16",
+        formats=formats,
+        precision=precision,
+        packing=None if packed is None else uniform_packing("int8", model.identity.num_layers - 1, activations=packed),
         provider="cpu",
         track=track,
     )
     total, unit, told = seen["copying"]
     assert (unit, told) == ("bytes", total)
+    assert seen["verifying"] == (runs, "runs", runs)
     assert list(seen) == ["copying", "verifying"]
 
 
