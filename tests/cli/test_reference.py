@@ -54,8 +54,10 @@ def test_exit_codes_come_first() -> None:
 def test_every_command_has_an_example_that_parses(name: str) -> None:
     found = examples(name)
     assert any(arguments[0] == name for arguments in found), f"{name} has no example of its own"
+    # With its parent: a command keeps the first help option that it makes.
+    parent = click.Context(main, info_name="voidprune", **main.context_settings)
     for command, *arguments in found:
-        context = main.commands[command].make_context(command, arguments)
+        context = main.commands[command].make_context(command, arguments, parent=parent)
         assert not context.args
 
 
