@@ -16,6 +16,8 @@ BROKEN = {
     "leaving": "raise SystemExit('no licence')",
     "quitting": "import os, sys\nprint('out of luck', file=sys.stderr, flush=True)\nos._exit(3)",
     "chatty": "print('hello from a package')",
+    "unnamed": "import os\nos.kill(os.getpid(), 40)",
+    "garbling": "import os\nos.write(2, b'no \\xff text')\nos._exit(4)",
 }
 
 
@@ -34,6 +36,8 @@ def _broken_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("raising", "RuntimeError: first line"),
         ("leaving", "SystemExit: no licence"),
         ("quitting", "out of luck"),
+        ("unnamed", "it crashes (signal 40)"),
+        ("garbling", "no \ufffd text"),
         ("absent_module", "ModuleNotFoundError: No module named 'absent_module'"),
     ],
 )

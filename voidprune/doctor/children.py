@@ -31,6 +31,7 @@ def run_examination(name: str, *arguments: str, timeout: float) -> Any:
             input=json.dumps(sys.path),
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=timeout,
             env=environment,
             check=False,
@@ -40,7 +41,7 @@ def run_examination(name: str, *arguments: str, timeout: float) -> Any:
     except OSError as error:
         raise Failure(f"no process could be started: {error.strerror}") from error
     if done.returncode < 0:
-        raise Failure(f"it crashes ({signal.Signals(-done.returncode).name})")
+        raise Failure(f"it crashes ({_signal_name(-done.returncode)})")
     try:
         answer = json.loads(done.stdout)
     except ValueError as error:
@@ -49,6 +50,13 @@ def run_examination(name: str, *arguments: str, timeout: float) -> Any:
     if "failure" in answer:
         raise Failure(redact(answer["failure"]))
     return answer["found"]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has a number only
+        return f"signal {number}"
 
 
 def redact(text: str) -> str:
