@@ -195,7 +195,20 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     )
     run("eval", folder / "slim", "--baseline", "demo", *few, "--provider", "cpu", "-o", files["evaluation"])
     run("eval", "demo", "--adaptive", "readout", "--tasks", "yes-no", *few, "-o", files["lac"])
-    short = ("--prompt-length", 6, "--new-tokens", 2, "--rounds", 1, "--provider", "cpu")
+    short = (
+        "--prompt-lengths",
+        6,
+        "--context-lengths",
+        6,
+        "--new-tokens",
+        2,
+        "--rounds",
+        2,
+        "--max-spread",
+        1000,
+        "--provider",
+        "cpu",
+    )
     run("bench", folder / "slim", "--baseline", "demo", *short, "-o", files["benchmark"])
     run(
         "compare", "demo", "--dataset", "yes-no", "--num-samples", 6, "--max-new-tokens", 8, "--keep", 0.5,
