@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.benchmark_documents import benchmark_document
 from tests.profiling.test_profile import make_profile
 from tests.report.test_findings import evaluation
 from tests.test_plots import make_comparison
@@ -23,33 +24,7 @@ def make_schedule(profile: Profile) -> Schedule:
 
 
 def benchmark(*, ratio: float = 0.5, spread: float = 0.02) -> artifacts.Document:
-    def timing(name: str, scale: float) -> artifacts.Document:
-        def around(value: float) -> artifacts.Document:
-            return {"median": value, "low": value * (1 - spread / 2), "high": value * (1 + spread / 2)}
-
-        return {
-            "name": name,
-            "ttft": around(0.04 * scale),
-            "tpot": around(0.002 * scale),
-            "ttft_ratio": around(scale),
-            "tpot_ratio": around(scale),
-            "load_seconds": 0.5,
-            "weight_bytes": int(1000 * scale),
-            "graph_bytes": 10,
-            "peak_resident_bytes": int(50_000_000 * scale),
-        }
-
-    return {
-        "schema": "voidprune.benchmark/1",
-        "timings": [timing("whole model", 1.0), timing("pruned", ratio)],
-        "prompt_length": 128,
-        "num_new_tokens": 32,
-        "num_rounds": 15,
-        "provider": "cpu",
-        "threads": None,
-        "machine": f"a machine {HOSTILE}",
-        "runtime": "onnxruntime 1",
-    }
+    return benchmark_document(ratio=ratio, spread=spread, machine=f"a machine {HOSTILE}")
 
 
 def probe(*, task: str = "capitals", num_layers: int = 2, scored: bool = False) -> artifacts.Document:

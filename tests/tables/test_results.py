@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.benchmark_documents import benchmark_document
 from tests.report.test_findings import evaluation
 from tests.tables import LONG_NAME, cells, numbers_broken_off, render
 from tests.test_plots import make_comparison
@@ -90,24 +91,11 @@ def test_the_harness_with_long_names() -> None:
 
 
 def test_times_of_a_large_model() -> None:
-    def spread(value: float) -> dict[str, float]:
-        return {"median": value, "low": value * 0.9, "high": value * 1.1}
-
-    timings = [
-        {
-            "name": name,
-            **{key: spread(12.345678) for key in ("ttft", "tpot")},
-            **{f"{key}_ratio": spread(1.0) for key in ("ttft", "tpot")},
-            "weight_bytes": 141_107_412_992,
-            "peak_resident_bytes": 141_107_412_992,
-        }
-        for name in ("whole model", LONG_NAME)
-    ]
-    document = {
-        "prompt_length": 131072, "num_new_tokens": 1024, "provider": "cuda", "num_rounds": 15, "timings": timings,
-        "machine": "Linux x86_64, a processor with a long name indeed, 128 cores, a GPU with a long name, 141 GB",
-    }  # fmt: skip
+    document = benchmark_document(
+        ttft=12.345678, tpot=12.345678, ratio=1.0, num_bytes=141_107_412_992, provider="cuda", length=131072,
+        machine="Linux x86_64, a processor with a long name indeed, 128 cores, a GPU with a long name, 141 GB",
+    )  # fmt: skip
     text = render(benchmark_table(document))
     assert not numbers_broken_off(text)
-    assert cells(text).count("12346 x1.00") == 4
+    assert cells(text).count("12.3 (12.2-12.5)") == 4
     assert re.search(r"141\.11 GB", text)

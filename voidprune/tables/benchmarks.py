@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from voidprune.tables.figures import format_bytes
 
+_NAME_WIDTH = 20  # about as wide as the figures
 _PHASES = (("loaded", "loaded"), ("prefilled", "after prefill"), ("decoded", "after decode"))
 
 
@@ -22,7 +24,8 @@ def benchmark_table(document: Mapping[str, Any]) -> Table:
     )
     table.add_column("")
     for timing in timings:
-        table.add_column(f"{timing['name']}\n{timing['precision']}", justify="right", no_wrap=True)
+        name = "\n".join(textwrap.wrap(timing["name"], _NAME_WIDTH))
+        table.add_column(f"{name}\n{timing['precision']}", justify="right", no_wrap=True)
     table.add_column("ratio", justify="right", no_wrap=True)
     for phase, label in (("prefill", "TTFT"), ("decode", "TPOT")):
         for cases in zip(*(timing[phase] for timing in timings), strict=True):
