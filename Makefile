@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-genai test-optimum check docs bench-profile bench-export bench-memory bench-precision install clean
+.PHONY: demo test test-genai test-optimum check docs bench bench-check bench-profile bench-export bench-memory bench-precision install clean
 
 demo: .venv/installed
 	$(BIN)/voidprune demo --output out/demo --overwrite
@@ -26,6 +26,15 @@ check: .venv/installed
 docs: .venv/installed
 	$(BIN)/python -m voidprune.cli.reference > docs/cli.md.new
 	mv docs/cli.md.new docs/cli.md
+
+# The runtimes that a user would pick instead, in turns with ours; makes an environment for each, under .venv-peers, and models
+# of several gigabytes, which are removed again. BENCH='--layers 4 --peers "transformers eager"' for less.
+bench: .venv/installed
+	$(BIN)/python benchmarks/peers.py $(BENCH)
+
+# Repeats the run of benchmarks/accepted.json, and fails where a ratio became worse. `make bench BENCH=--accept` accepts another one.
+bench-check: .venv/installed
+	$(BIN)/python benchmarks/peers.py --check $(BENCH)
 
 bench-profile: .venv/installed
 	$(BIN)/python benchmarks/profiling.py
@@ -62,4 +71,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-genai .venv-optimum out build dist
+	rm -rf .venv .venv-genai .venv-optimum .venv-peers out build dist

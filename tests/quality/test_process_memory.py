@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from voidprune.errors import RuntimeProviderError
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.models import open_model
-from voidprune.quality.process_memory import PHASES, measure_process, watch_request
+from voidprune.quality.process_memory import PHASES, count_once, measure_process, resident_bytes, watch_request
 from voidprune.schedule import full_schedule
 
 REQUEST = {"provider": "cpu", "threads": None, "prompt_length": 6, "num_new_tokens": 3}
@@ -42,3 +43,33 @@ def test_the_same_request_here(bundle: Path) -> None:
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeProviderError, match=r"memory of absent failed: .*is not a bundle"):
         measure_process(tmp_path / "absent", provider="cpu", threads=None, prompt_length=6, num_new_tokens=3)
+
+
+def test_what_is_mapped_twice_counts_once(tmp_path: Path) -> None:
+    size = 64 * 2**20
+    (tmp_path / "weights").write_bytes(bytes(size))
+    mapped, seen = [], [resident_bytes()]
+    with (tmp_path / "weights").open("rb") as file:
+        for _ in range(2):
+            mapped.append(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+            assert not any(mapped[-1][:: mmap.PAGESIZE])
+            seen.append(resident_bytes())
+    assert seen[1] - seen[0] > 0.9 * size
+    assert seen[2] - seen[1] < 0.1 * size
+
+
+def test_mappings_as_the_kernel_lists_them() -> None:
+    listed = """\
+7f00-7f10 r--p 00001000 08:01 99 /weights
+Size:               1024 kB
+Rss:                 400 kB
+7f20-7f30 r--p 00001000 08:01 99 /weights
+Rss:                 500 kB
+7f30-7f40 r--p 00002000 08:01 99 /weights
+Rss:                   7 kB
+7f40-7f50 rw-p 00000000 00:00 0
+Rss:                  10 kB
+7f50-7f60 rw-p 00000000 00:00 0 [heap]
+Rss:                  20 kB
+"""
+    assert count_once(listed) == (500 + 7 + 10 + 20) * 1024

@@ -1,8 +1,8 @@
 """Memory and loading time of a bundle, measured in processes of their own, phase by phase.
 
 A process imports everything, loads the bundle, prefills, decodes, and says after each how much of its memory is resident,
-mapped weights included. `before` is what Python and its libraries take. On CUDA also how much more of the device's memory is
-taken than before.
+mapped weights included. What two sessions map of one file counts once. `before` is what Python and its libraries take. On CUDA
+also how much more of the device's memory is taken than before.
 """
 
 from __future__ import annotations
@@ -82,17 +82,33 @@ def watch_request(
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
-    return _status_bytes("VmRSS") or peak_resident_bytes()
+    """Of this process, now: what it maps twice, such as weights that two sessions read, counts once."""
+    mappings = Path("/proc/self/smaps")
+    return count_once(mappings.read_text()) if mappings.exists() else peak_resident_bytes()
+
+
+def count_once(mappings: str) -> int:
+    """Resident bytes of the mappings that /proc/PID/smaps lists, of those of one place in one file only the largest."""
+    largest: dict[tuple[str, ...], int] = {}
+    key: tuple[str, ...] = ()
+    for line in mappings.splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):  # address, permissions, offset, device, inode, file
+            address, (_, offset, device, inode) = name, rest.split()[:4]
+            key = (address,) if inode == "0" else (device, inode, offset)
+        elif name == "Rss:":
+            largest[key] = max(largest.get(key, 0), int(rest.split()[0]) * 1024)
+    return sum(largest.values())
 
 
 def peak_resident_bytes() -> int:
-    """The most that this process had resident."""
+    """The most that this process had resident; of what is mapped twice now, once."""
     import resource
 
     # getrusage would count what the parent had before this process was started
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return _status_bytes("VmHWM") or largest
+    peak, now = _status_bytes("VmHWM"), _status_bytes("VmRSS")
+    return largest if peak is None or now is None else max(peak - now, 0) + resident_bytes()
 
 
 def _status_bytes(name: str) -> int | None:
