@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     help="Tokens that a chat may have. Default: the model's context, at most 8192.",
 )
 @provider_option
+@click.option(
+    "--map-weights",
+    is_flag=True,
+    help="On a CPU, leave float32 weights in their file: starts at once, decodes more slowly, takes no memory of its own.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a prompt, a line each.")
 @quiet_option
 def generate(
@@ -67,6 +72,7 @@ def generate(
     batch_size: int,
     context: int | None,
     provider: str | None,
+    map_weights: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -102,7 +108,7 @@ def generate(
     style = Style(max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
     schedule = None if schedule_file is None else read_schedule(schedule_file)
     turns = [] if chat else prompt_messages([_read(text) for text in texts], file=file, system=system)
-    with open_speaker(model, schedule=schedule, provider=provider) as speaker:
+    with open_speaker(model, schedule=schedule, provider=provider, prepack=not map_weights) as speaker:
         _report_device(speaker)
         if chat:
             converse_on_terminal(Chat(speaker, style, system=system, raw=raw, max_positions=context))

@@ -66,8 +66,13 @@ class Style:
 
 
 @contextmanager
-def open_speaker(name: str, *, schedule: Schedule | None = None, provider: str | None = None) -> Iterator[Speaker]:
-    """Load a bundle, or a model, whole or under a schedule, for the block. Raises every VoidpruneError of loading."""
+def open_speaker(
+    name: str, *, schedule: Schedule | None = None, provider: str | None = None, prepack: bool = True
+) -> Iterator[Speaker]:
+    """Load a bundle, or a model, whole or under a schedule, for the block. Raises every VoidpruneError of loading.
+
+    `prepack`: of a bundle, see `BundleSession`.
+    """
     checkpoint = open_model(name)
     own = own_schedule(checkpoint)
     if own is not None and schedule is not None:
@@ -75,7 +80,7 @@ def open_speaker(name: str, *, schedule: Schedule | None = None, provider: str |
     tokenizer, ends = load_tokenizer(checkpoint.folder), end_tokens(checkpoint.folder)
     context = checkpoint.architecture.context_length
     if own is not None and read_manifest(checkpoint.folder).graphs:
-        session = BundleSession(checkpoint.folder, provider=provider or default_provider())
+        session = BundleSession(checkpoint.folder, provider=provider or default_provider(), prepack=prepack)
         yield Speaker(name, tokenizer, ends, context, session.manifest.schedule, session.start, session)
         return
     schedule = schedule or own or full_schedule(checkpoint.identity)
