@@ -47,7 +47,8 @@ def test_what_a_method_records_is_told() -> None:
 
 def test_overlap_with_the_data_of_healing_is_said_to_be_checked_or_not(tmp_path: Path) -> None:
     fill_folder(tmp_path)
-    findings = replace(collect_findings(tmp_path), manifest=HEALED)
+    found = collect_findings(tmp_path)
+    findings = replace(found, manifest=HEALED, evaluation={**(found.evaluation or {}), "model": "healed"})
     told = "\n".join(find_caveats(findings))
     assert "Overlap was checked" in told
     assert "Overlap was not checked for the tasks of lm_eval" in told
