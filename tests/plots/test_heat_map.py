@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
-from voidprune.plots.drawing import Drawing, Shape, Text, paint_svg
-from voidprune.plots.heat_map import Group, Row, cell_width, draw_heat_map, draw_strip
+from tests.plots.test_drawing import contrast
+from voidprune.plots.drawing import COLOURS, Drawing, Shape, Text, paint_svg
+from voidprune.plots.heat_map import TURN, Group, Row, cell_width, draw_heat_map, draw_strip
 from voidprune.schedule import LayerAction, ModelIdentity, Phase, Schedule
 
 
@@ -36,7 +37,7 @@ def frames(drawing: Drawing) -> list[Shape]:
 def test_layers_are_as_wide_as_fits(num_layers: int) -> None:
     drawing = draw(num_layers, make_schedule(num_layers))
     assert drawing.width <= 1104
-    assert 11 <= cell_width(num_layers) <= 46
+    assert 11 <= cell_width(num_layers) <= 62
     xs = [x for one in drawing.elements if isinstance(one, Shape) for x, _ in one.points]
     assert max(xs) <= drawing.width
     assert min(xs) >= 0
@@ -60,6 +61,16 @@ def test_what_a_layer_does_is_said_in_words() -> None:
     assert "layer 11, prefill: left out" in wide
     assert ">K/V<" in wide
     assert ">k<" in narrow
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_text_is_legible_on_every_shade(theme: int) -> None:
+    full, empty, ink, paper = (COLOURS[name][theme] for name in ("hot", "soft", "ink", "paper"))
+    for step in range(101):
+        shade = step / 100
+        parts = zip(*([int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in (full, empty)), strict=True)
+        ground = "#" + "".join(f"{round(one * shade + other * (1 - shade)):02x}" for one, other in parts)
+        assert contrast(paper if shade > TURN else ink, ground) >= 3.5, shade
 
 
 def test_the_strip_has_a_cell_for_every_layer_and_phase() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tests.execution.test_manifest import MANIFEST
 from tests.profiling.test_profile import make_profile
 from tests.test_plots import make_comparison
 from voidprune import artifacts
@@ -19,7 +21,7 @@ from voidprune.planning.intervals import schedule_cuts
 from voidprune.planning.planner import plan_schedule
 from voidprune.profiling.profile import read_profile, write_profile
 from voidprune.report.findings import collect_findings, describe
-from voidprune.schedule import write_schedule
+from voidprune.schedule import full_schedule, write_schedule
 from voidprune.tables import cuts_table
 
 
@@ -120,3 +122,21 @@ def test_a_comparison_of_another_format_or_with_holes_is_refused(tmp_path: Path)
         target.write_bytes(artifacts.canonical_bytes({**make_comparison(), **changes}))
         with pytest.raises(ArtifactError, match=message):
             describe(target)
+
+
+def test_of_several_bundles_the_one_with_graphs_is_shown(tmp_path: Path) -> None:
+    """Healing leaves one without, which is exported again; whole models are there to be compared with."""
+    whole = full_schedule(MANIFEST.schedule.model)
+    bundles = {
+        "healed": replace(MANIFEST, graphs={}),
+        "pruned": MANIFEST,
+        "whole": replace(MANIFEST, schedule=whole, kept_layers=whole.union, slots=whole.kv_layers),
+    }
+    for name, manifest in bundles.items():
+        artifacts.write_file(tmp_path / name / "voidprune.json", artifacts.canonical_bytes(manifest.to_document()))
+    findings = collect_findings(tmp_path)
+    assert (findings.bundle, findings.manifest, findings.schedule) == ("pruned", MANIFEST, MANIFEST.schedule)
+    assert [name for name, _ in findings.files] == ["pruned/voidprune.json"]
+    alone = collect_findings(tmp_path / "healed")
+    assert (alone.bundle, alone.manifest) == (".", bundles["healed"])
+    assert [name for name, _ in alone.files] == ["voidprune.json"]

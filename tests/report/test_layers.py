@@ -41,13 +41,14 @@ def test_equal_standings_share_a_rank() -> None:
     assert Ranking("angular", None, None, (1.0, 0.5, 0.5, 0.0)).ranks == (1, 2, 2, 4)
 
 
-def test_without_a_profile_there_are_the_controls() -> None:
-    facts = rank_layers(None, 12)
-    assert {ranking.criterion for ranking in facts.rankings} == {
-        name for name, criterion in CRITERIA.items() if not criterion.needs_profile
-    }
+def test_without_a_profile_there_is_the_schedule_alone() -> None:
+    facts = rank_layers(None, 2)
+    assert facts.rankings == ()
     assert facts.frequency == {Phase.PREFILL: None, Phase.DECODE: None}
-    assert "LAC" not in paint_svg(draw_layers(facts, None, model="m"))
+    text = paint_svg(draw_layers(facts, make_schedule(make_profile()), model="m"))
+    assert "layer 1, prefill: only keys and values are written" in text
+    assert "LAC" not in text
+    assert "last-n" not in text
 
 
 def test_the_picture_is_said_in_words() -> None:

@@ -22,7 +22,7 @@ COLOURS = {
     "line": ("#cfd7df", "#3a4652"),
     "soft": ("#eef2f6", "#1d2731"),
     "paper": ("#ffffff", "#12181f"),
-    "hot": ("#0a4f8a", "#7cc0f5"),
+    "hot": ("#083d6e", "#5aa9e6"),
     "frame": ("#c24d00", "#ff9d47"),
     "blue": ("#0072b2", "#4aa8e0"),
     "orange": ("#d55e00", "#f58a3c"),

@@ -10,7 +10,7 @@ from voidprune.schedule import LayerAction, Phase, Schedule
 
 LABEL, PHASE, ROW, GAP = 142.0, 56.0, 21.0, 9.0
 WIDTH = 1100.0
-"""What a page gives, in pixels; cells are as wide as fits, between 11 and 46."""
+"""What a page gives, in pixels; cells are as wide as fits, between 11 and 62."""
 WORDS = {
     LayerAction.FULL: ("runs", "●", "runs whole"),
     LayerAction.SKIP_MLP: ("attn", "a", "attention only"),
@@ -20,6 +20,9 @@ WORDS = {
     LayerAction.SKIP: ("-", "-", "left out"),
 }
 """What a layer does: in a cell, in a narrow cell, and in words."""
+
+TURN = 0.6
+"""From this shade on, text is in the colour of the paper: what keeps it legible in light and dark."""
 
 _KEPT = Paint(stroke="frame", width=2)
 _CACHED = Paint(stroke="frame", width=1.4, dashes=(2.0, 2.5))
@@ -45,7 +48,7 @@ class Group:
 
 
 def cell_width(num_layers: int) -> float:
-    return float(max(11, min(46, (WIDTH - LABEL - PHASE) // num_layers)))
+    return float(max(11, min(62, (WIDTH - LABEL - PHASE) // num_layers)))
 
 
 def draw_heat_map(
@@ -129,7 +132,7 @@ def _draw_row(row: Row, left: float, y: float, cell: float) -> list[Element]:
         x = left + layer * cell
         elements.append(box(x + 1, y + 1, cell - 2, ROW - 3, Paint(fill="hot", opacity=round(shade, 3)), title))
         if text:
-            elements.append(Text(x + cell / 2, y + 13.5, text, 10, "middle", "paper" if shade > 0.55 else "ink"))
+            elements.append(Text(x + cell / 2, y + 13.5, text, 10, "middle", "paper" if shade > TURN else "ink"))
     return elements
 
 

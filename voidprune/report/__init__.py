@@ -119,7 +119,7 @@ def make_report(folder: Path) -> Report:
                 plots.paint_inline(draw_panel(panel, accuracy=accuracy), name=f"panel-{panel.scope}")
                 for panel in panels
             ],
-            legend=plots.paint_inline(draw_legend(legend_entries(panels), width=1100), name="legend") if panels else "",
+            legend=plots.paint_inline(draw_legend(legend_entries(panels), width=760), name="legend") if panels else "",
             about_panels=explain_panels(findings, panels),
             sizes=sizes,
             healing=healing,

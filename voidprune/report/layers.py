@@ -60,10 +60,10 @@ class LayerFacts:
 
 
 def rank_layers(profile: Profile | None, num_layers: int, *, seed: int = 0) -> LayerFacts:
-    """By every criterion that can be asked: without a profile those that need none."""
+    """By every criterion; by none without a profile, for controls alone say nothing."""
     rankings: list[Ranking] = []
     statistics = {phase: None if profile is None else profile.statistics(phase) for phase in Phase}
-    for criterion in CRITERIA.values():
+    for criterion in CRITERIA.values() if profile is not None else ():
         if not criterion.needs_profile and criterion.name != "random":
             rankings.append(_rank(criterion, empty_statistics(num_layers), None, seed))
             continue

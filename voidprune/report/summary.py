@@ -369,12 +369,10 @@ def _describe_schedule(schedule: Schedule) -> list[str]:
         if schedule.prefill[layer].writes_kv and not schedule.prefill[layer].executes
     ]
     if cached:
-        told.append(
-            f"{_layers(cached)} {'is' if len(cached) == 1 else 'are'} reduced to writing keys and values of the prompt."
-        )
+        told.append(f"While reading, {_layers(cached)} only write{'s' if len(cached) == 1 else ''} keys and values.")
     dropped = [layer for layer in range(num_layers) if layer not in schedule.union]
     if dropped:
-        told.append(f"{_layers(dropped)} {'is' if len(dropped) == 1 else 'are'} gone from the checkpoint.")
+        told.append(f"Gone from the checkpoint: {_layers(dropped)}.")
     else:
         told.append("Every layer is still in the checkpoint.")
     if schedule.boundary is Boundary.DECODE and schedule.prefill != schedule.decode:
@@ -407,9 +405,9 @@ def _of(count: int, total: int) -> str:
 
 def _layers(layers: Sequence[int]) -> str:
     if len(layers) == 1:
-        return f"Layer {layers[0]}"
+        return f"layer {layers[0]}"
     named = format_layers(layers)
-    return f"Layers {named}" if len(named) <= 40 else f"{len(layers)} layers"
+    return f"layers {named}" if len(named) <= 40 else f"{len(layers)} layers"
 
 
 def format_layers(layers: Sequence[int]) -> str:
@@ -445,10 +443,11 @@ def _pair(interval: Sequence[float]) -> tuple[float, float]:
 
 def source_name(findings: Findings) -> str:
     """What the model is called on the command line, as far as that was written down."""
+    known = findings.schedule or findings.profile
+    name = known.model.name if known is not None else "MODEL"
     if findings.manifest is not None:
-        return findings.manifest.source
-    known = findings.schedule or findings.profile or None
-    return known.model.name if known is not None else "MODEL"
+        name = findings.manifest.source
+    return {"voidprune-demo": "demo"}.get(name, name)
 
 
 def bundle_path(findings: Findings) -> str:
