@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.report.documents import HOSTILE, fill_folder, probe, write_results
 from tests.report.test_findings import evaluation
 from tests.test_plots import make_comparison
 from voidprune import artifacts
-from voidprune.errors import ArtifactError, OutputError
+from voidprune.errors import ArtifactError, MissingExtraError, OutputError
 from voidprune.planning.criteria import CRITERIA
 from voidprune.report import make_report, render_report, write_report
 
@@ -175,6 +176,20 @@ def test_pictures_are_written_as_svg_and_png(folder: Path, tmp_path: Path) -> No
         write_report(folder, tmp_path / "report.html")
     again = write_report(folder, tmp_path / "report.html", pictures=tmp_path / "pictures", overwrite=True)
     assert again == files
+
+
+def test_without_matplotlib_there_is_the_whole_page_and_no_png(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = render_report(folder)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match="PNG pictures need matplotlib") as caught:
+        write_report(folder, tmp_path / "report.html", pictures=tmp_path / "pictures")
+    assert caught.value.hint == "pip install 'voidprune[report]'"
+    assert not (tmp_path / "pictures").exists()
+    write_report(folder, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == complete
+    assert "--pictures FOLDER" in complete
 
 
 def test_a_page_is_no_json(folder: Path, tmp_path: Path) -> None:

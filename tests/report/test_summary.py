@@ -33,6 +33,7 @@ def test_every_figure_stands_beside_the_whole_model(findings: Findings) -> None:
     assert all(figure.whole is not None for card in cards for figure in card.figures)
     dropped = figures(findings, "dropped")
     assert [(one.value, one.whole) for one in dropped.values()] == [(1, 2), (2, 2), (2, 2)]
+    assert cards[0].note == "prefill leaves out 1 (keys and values stay)"
     accuracy = figures(findings, "quality")["accuracy"]
     assert (accuracy.value, accuracy.whole, accuracy.change, accuracy.interval) == (0.25, 0.5, -0.25, (-0.75, 0.375))
     assert accuracy.shown_change == "-25.0 points [-75.0, +37.5]"

@@ -143,7 +143,33 @@ def _dropped(findings: Findings) -> Card:
     counts = [(f"run_{phase}", f"run in {phase}", schedule.num_executed(phase)) for phase in Phase]
     counts.append(("in_checkpoint", "in the checkpoint", len(schedule.union)))
     figures = (Figure(key, label, "layers", count, num_layers) for key, label, count in counts)
-    return Card("dropped", "What was dropped", tuple(figures))
+    return Card("dropped", "What was dropped", tuple(figures), _describe_gaps(schedule))
+
+
+def _describe_gaps(schedule: Schedule) -> str:
+    """Which layers do not run in a phase, and which of them still write keys and values."""
+    told = []
+    for phase in Phase:
+        actions = schedule.actions(phase)
+        idle = [layer for layer, action in enumerate(actions) if not action.executes]
+        cached = [layer for layer in idle if actions[layer].writes_kv]
+        if not idle:
+            continue
+        kept = (
+            " (keys and values stay)"
+            if cached == idle
+            else f" (keys and values stay: {_few(cached)})"
+            if cached
+            else ""
+        )
+        told.append(f"{phase} leaves out {_few(idle)}{kept}")
+    return "; ".join(told)
+
+
+def _few(layers: Sequence[int]) -> str:
+    """Their numbers, or how many they are."""
+    named = format_layers(layers)
+    return named if len(named) <= 40 else f"{len(layers)} layers"
 
 
 def judged_runner(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -406,8 +432,8 @@ def _of(count: int, total: int) -> str:
 def _layers(layers: Sequence[int]) -> str:
     if len(layers) == 1:
         return f"layer {layers[0]}"
-    named = format_layers(layers)
-    return f"layers {named}" if len(named) <= 40 else f"{len(layers)} layers"
+    named = _few(layers)
+    return named if named.endswith("layers") else f"layers {named}"
 
 
 def format_layers(layers: Sequence[int]) -> str:
