@@ -50,7 +50,10 @@ def test_commands_are_those_of_the_command_line(findings: Findings) -> None:
     assert "--criterion lac" in plan
     assert "--keep-prefill 0.5 --keep-decode 1.0" in plan
     bench = next(command for command in commands if " bench " in command)
-    assert "--prompt-length 128 --new-tokens 32 --rounds 15 --provider cpu" in bench
+    assert (
+        "--prompt-lengths 128 --context-lengths 64 --batch-sizes 1 --new-tokens 32 --rounds 15 --provider cpu --seed 5"
+        in bench
+    )
 
 
 def test_what_was_written_down_comes_before_what_is_put_together(findings: Findings) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.profiling.test_profile import make_profile
-from tests.report.documents import benchmark, fill_folder, harness, make_schedule, write_results
+from tests.report.documents import benchmark, fill_folder, harness, write_results
+from voidprune.report.figures import Figure
 from voidprune.report.findings import Findings, collect_findings
-from voidprune.report.summary import Figure, describe_change, describe_run, format_layers, make_cards, show
+from voidprune.report.summary import describe_run, format_layers, make_cards
 from voidprune.schedule import LayerAction, ModelIdentity, Schedule
 
 NOTHING = Findings(None, None, None, None, None, None)
@@ -131,24 +131,7 @@ def test_layers_are_put_together(layers: list[int], text: str) -> None:
     assert format_layers(layers) == text
 
 
-@pytest.mark.parametrize(
-    ("ratio", "text"),
-    [(1, "the same"), (0.58, "42 % less"), (0.957, "4.3 % less"), (1.008, "0.8 % more"), (3, "3.00 times as much")],
-)
-def test_changes_are_said_in_words(ratio: float, text: str) -> None:
-    assert describe_change(ratio) == text
-
-
-def test_figures_are_shown_in_their_units() -> None:
-    shown = [
-        show(value, unit) for value, unit in ((0.123, "share"), (1500, "bytes"), (0.5, "seconds"), (12.3456, "plain"))
-    ]
-    assert shown == ["12.3 %", "1.50 kB", "500.00 ms", "12.35"]
-    assert show(2e9, "flops") == "2.0 GFLOP"
-
-
 def test_a_slower_export_is_shown_as_slower(tmp_path: Path) -> None:
     fill_folder(tmp_path)
     write_results(tmp_path, benchmark=benchmark(ratio=1.5))
     assert figures(collect_findings(tmp_path), "time")["tpot"].shown_change == "+50.0 % [+48.5, +51.5]"
-    assert make_schedule(make_profile()).num_layers == 2

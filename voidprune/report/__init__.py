@@ -16,12 +16,13 @@ from voidprune.plots.probe_curves import draw_probe
 from voidprune.plots.size_bars import draw_size_bars
 from voidprune.plots.trade_offs import draw_panel, draw_trade_offs, legend_entries
 from voidprune.report.caveats import find_caveats
+from voidprune.report.figures import show
 from voidprune.report.findings import Findings, collect_findings
 from voidprune.report.healing import describe_healing
 from voidprune.report.layers import draw_layers, rank_layers
 from voidprune.report.provenance import list_commands, list_missing, list_provenance
 from voidprune.report.sizes import measure_parts
-from voidprune.report.summary import describe_run, format_layers, make_cards, show, whole_runner
+from voidprune.report.summary import describe_run, format_layers, make_cards, whole_runner
 from voidprune.report.timings import read_timings
 from voidprune.report.trade_offs import explain_panels, has_accuracy, make_panels, panels_document
 

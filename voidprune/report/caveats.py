@@ -14,7 +14,7 @@ from voidprune.report.timings import Timings, read_timings
 from voidprune.schedule import Phase, schedule_hash
 
 LARGE_SPREAD = 0.1
-"""Quartiles of a ratio that lie further apart than this share of their median."""
+"""Intervals of a ratio that are wider than this share of its median."""
 
 
 def find_caveats(findings: Findings) -> list[str]:
@@ -105,11 +105,11 @@ def _of_timings(findings: Findings) -> list[str]:
         is_wide, holds_one = ratio.width > LARGE_SPREAD, ratio.low <= 1 <= ratio.high and len(timings.models) > 1
         if is_wide:
             found.append(
-                f"{name}: the spread of the benchmark is large, {ratio.width:.0%} of the median between quartiles"
-                f"{', which hold the whole model, so no gain is shown' if holds_one else ''}. Something else may have run."
+                f"{name}: the spread of the benchmark is large, {ratio.width:.0%} of the median"
+                f"{', and its interval holds 1, so no gain is shown' if holds_one else ''}. Something else may have run."
             )
         elif holds_one:
-            found.append(f"{name}: no gain is shown, the quartiles of the ratio hold 1.")
+            found.append(f"{name}: no gain is shown, the interval of the ratio holds 1.")
     manifest = findings.manifest
     if manifest is not None and manifest.graphs and timings.pruned.weight_bytes != manifest.graph_weight_bytes:
         found.append("The benchmark is of another export than the one shown here: its weights have other bytes.")

@@ -6,15 +6,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from voidprune.report.commands import benchmark_command, bundle_path, evaluation_command, source_name
 from voidprune.report.findings import Findings
-from voidprune.report.summary import (
-    benchmark_command,
-    bundle_path,
-    evaluation_command,
-    judged_runner,
-    source_name,
-    whole_runner,
-)
+from voidprune.report.summary import whole_runner
 from voidprune.report.timings import read_timings
 from voidprune.schedule import schedule_hash
 
@@ -140,11 +134,14 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
     if findings.benchmark is not None:
         known = dict(read_timings(findings.benchmark).conditions)
         options = (
-            ("prompt, tokens", "--prompt-length"),
+            ("prompt, tokens", "--prompt-lengths"),
+            ("context, tokens", "--context-lengths"),
+            ("batch", "--batch-sizes"),
             ("new tokens", "--new-tokens"),
             ("interleaved rounds", "--rounds"),
             ("threads", "--threads"),
             ("provider", "--provider"),
+            ("seed", "--seed"),
         )
         told = "".join(f" {option} {known[name]}" for name, option in options if name in known)
         commands.append(benchmark_command(findings) + told)
@@ -209,8 +206,3 @@ def list_missing(findings: Findings) -> list[Fact]:
         if there is None:
             missing.append((what, command))
     return missing
-
-
-def judged_name(findings: Findings) -> str:
-    assert findings.evaluation is not None
-    return str(judged_runner(findings.evaluation)["name"])

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from voidprune import artifacts, tables
 from voidprune.plots.size_bars import Bar, Part
+from voidprune.report.figures import Figure
 from voidprune.report.findings import Findings
-from voidprune.report.summary import Figure, find_costs
+from voidprune.report.summary import find_costs
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, and first and third quartile over rounds."""
+    """Median over rounds and the interval that goes with it."""
 
     median: float
     low: float
@@ -17,7 +17,7 @@ class Spread:
 
     @property
     def width(self) -> float:
-        """Between the quartiles, as a share of the median."""
+        """Of the interval, as a share of the median."""
         return (self.high - self.low) / self.median if self.median else 0.0
 
 
@@ -36,10 +36,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timings:
-    """`conditions` are what is known of how it was measured, as (what, value)."""
+    """`conditions` are what is known of how it was measured, as (what, value); `interval_name` says what all intervals are."""
 
     models: tuple[Timing, ...]
     conditions: tuple[tuple[str, str], ...]
+    interval_name: str
 
     @property
     def whole(self) -> Timing:
@@ -52,10 +53,13 @@ class Timings:
 
 _CONDITIONS = (
     ("prompt_length", "prompt, tokens"),
+    ("context_length", "context, tokens"),
+    ("batch_size", "batch"),
     ("num_new_tokens", "new tokens"),
     ("num_rounds", "interleaved rounds"),
     ("provider", "provider"),
     ("threads", "threads"),
+    ("seed", "seed"),
     ("runtime", "runtime"),
     ("machine", "machine"),
 )
@@ -80,4 +84,5 @@ def read_timings(document: Mapping[str, Any]) -> Timings:
         conditions=tuple(
             (name, str(document[key])) for key, name in _CONDITIONS if isinstance(document.get(key), str | int | float)
         ),
+        interval_name=f"{document['confidence']:.0%} interval" if "confidence" in document else "interval",
     )
