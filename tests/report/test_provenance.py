@@ -51,7 +51,7 @@ def test_commands_are_those_of_the_command_line(findings: Findings) -> None:
     assert "--keep-prefill 0.5 --keep-decode 1.0" in plan
     bench = next(command for command in commands if " bench " in command)
     assert (
-        "--prompt-lengths 128 --context-lengths 64 --batch-sizes 1 --new-tokens 32 --rounds 15 --provider cpu --seed 5"
+        "--prompt-lengths 128 --context-lengths 128 --batch-sizes 1 --new-tokens 32 --rounds 15 --provider cpu --seed 0"
         in bench
     )
 

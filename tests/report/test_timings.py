@@ -14,7 +14,7 @@ def test_times_ratios_and_conditions_are_read() -> None:
     assert timings.pruned.ttft_ratio.median == 0.5
     assert timings.pruned.ttft_ratio.width == pytest.approx(0.2)
     assert dict(timings.conditions)["prompt, tokens"] == "128"
-    assert timings.interval_name == "95% interval"
+    assert timings.interval_name == "96% interval"
     assert "threads" not in dict(timings.conditions), "as many as the runtime takes"
 
 
