@@ -64,8 +64,8 @@ def prepare_environment(name: str, folder: Path) -> Path:
     if environment.built is not None:
         source = fetch_source(environment.built, python, pins, home)
         say(f"building {environment.built}: ten minutes on two cores")
-        # Nothing but the library: its tools for pictures take longer to build than it does.
-        settings = {**os.environ, "CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_COMMON=OFF"}
+        # Without its tools for pictures.
+        settings = {**os.environ, "CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}
         subprocess.run([*install, str(source)], check=True, stdout=sys.stderr, env=settings)
     stamp.write_text(digest)
     return python

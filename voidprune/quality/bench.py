@@ -150,7 +150,7 @@ def run_benchmark(
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Benchmark:
-    """Time bundles against the first of them. `threads` is recorded only: see `providers.size_thread_pool`.
+    """Time bundles against the first of them. The sessions of this process must have `threads` already, by `size_thread_pool`.
 
     Raises what `BundleSession` raises, and ContextLengthError.
     """
