@@ -298,8 +298,10 @@ def fill_folder_with_layers(folder: Path, num_layers: int) -> None:
     write_profile(folder / "profile.json", profile, overwrite=True)
     schedule = make_schedule(profile)
     write_schedule(folder / "schedule.json", schedule, overwrite=True)
+    model = {"model": profile.model.to_document()}
     write_results(
         folder,
-        probe=probe(num_layers=num_layers),
+        comparison={**make_comparison(), **model},
+        probe={**probe(num_layers=num_layers), **model},
         evaluation={**evaluation(), "schedule_hash": schedule_hash(schedule)},
     )

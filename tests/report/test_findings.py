@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -140,3 +141,21 @@ def test_of_several_bundles_the_one_with_graphs_is_shown(tmp_path: Path) -> None
     alone = collect_findings(tmp_path / "healed")
     assert (alone.bundle, alone.manifest) == (".", bundles["healed"])
     assert [name for name, _ in alone.files] == ["voidprune.json"]
+
+
+@pytest.mark.parametrize("kind", ["comparison", "probe", "export"])
+def test_results_of_two_models_are_not_put_on_one_page(tmp_path: Path, kind: str) -> None:
+    from tests.report.documents import fill_folder
+
+    fill_folder(tmp_path)
+    collect_findings(tmp_path)
+    other = replace(full_schedule(MANIFEST.schedule.model).model, name="another", fingerprint="sha256:another")
+    if kind == "export":
+        manifest = replace(MANIFEST, schedule=replace(MANIFEST.schedule, model=other))
+        artifacts.write_file(tmp_path / "slim" / "voidprune.json", artifacts.canonical_bytes(manifest.to_document()))
+    else:
+        file = tmp_path / f"{kind}.json"
+        document = {**json.loads(file.read_bytes()), "model": other.to_document()}
+        artifacts.write_file(file, artifacts.canonical_bytes(document), overwrite=True)
+    with pytest.raises(ArtifactError, match=f"two models: the schedule is of tiny .*, the {kind} of another"):
+        collect_findings(tmp_path)

@@ -17,7 +17,7 @@ from voidprune.profiling.profile import Profile
 from voidprune.report.record import KIND as RECORD_KIND
 from voidprune.report.record import RunRecord, read_record
 from voidprune.schedule import KIND as SCHEDULE_KIND
-from voidprune.schedule import Schedule, read_schedule
+from voidprune.schedule import ModelIdentity, Schedule, read_schedule
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,13 @@ def collect_findings(folder: Path) -> Findings:
     schedule = read_schedule(found[SCHEDULE_KIND]) if SCHEDULE_KIND in found else None
     schedule = schedule or (manifest.schedule if manifest is not None else None)
     profile = profiles.read_profile(found[profiles.KIND]) if profiles.KIND in found else None
-    if schedule is not None and profile is not None:
-        schedule.check_model(profile.model, place=f"the schedule in {folder}")
+    comparison, probe = document("comparison"), document("probe")
+    parts = {"schedule": schedule, "profile": profile, "export": None if manifest is None else manifest.schedule}
+    models = {what: part.model for what, part in parts.items() if part is not None}
+    for what, result in (("comparison", comparison), ("probe", probe)):
+        if result is not None:
+            models[what] = ModelIdentity.from_document(result["model"], place=str(found[what]))
+    _check_one_model(folder, models)
     read = [found[kind] for kind in sorted(found.keys() & _READABLE)]
     if manifest is not None and manifests.KIND not in found:
         read.append(folder / name / manifests.FILE)
@@ -131,15 +136,28 @@ def collect_findings(folder: Path) -> Findings:
         schedule=schedule,
         manifest=manifest,
         evaluation=document("evaluation"),
-        comparison=document("comparison"),
+        comparison=comparison,
         benchmark=document("benchmark"),
-        probe=document("probe"),
+        probe=probe,
         harness=document("harness"),
         adaptive=document("adaptive-evaluation"),
         bundle=name,
         files=tuple((file.relative_to(folder).as_posix(), artifacts.file_hash(file)) for file in read),
         record=read_record(found[RECORD_KIND]) if RECORD_KIND in found else None,
     )
+
+
+def _check_one_model(folder: Path, models: dict[str, ModelIdentity]) -> None:
+    """One page is of one model. Raises ArtifactError."""
+    first = next(iter(models), "")
+    for what, other in models.items():
+        model = models[first]
+        if (other.num_layers, other.fingerprint) != (model.num_layers, model.fingerprint):
+            raise ArtifactError(
+                f"{folder} holds results of two models: the {first} is of {model.name} ({model.num_layers} layers), the {what} of "
+                f"{other.name} ({other.num_layers} layers)",
+                hint="give each model a folder of its own",
+            )
 
 
 _READABLE = {profiles.KIND, SCHEDULE_KIND, manifests.KIND, *_RESULTS}
