@@ -11,9 +11,11 @@ from click.testing import CliRunner
 
 from tests.report.documents import fill_folder
 from voidprune.cli import main
+from voidprune.report.commands import benchmark_command, evaluation_command
 from voidprune.report.findings import Findings, collect_findings
 from voidprune.report.provenance import list_commands, list_missing, list_provenance
 from voidprune.report.record import RunRecord
+from voidprune.schedule import Schedule, dropped_schedule, read_schedule
 
 
 @pytest.fixture
@@ -66,3 +68,55 @@ def test_only_what_is_missing_is_missing(findings: Findings) -> None:
     assert [what for what, _ in list_missing(findings)] == ["an export"]
     without = replace(findings, probe=None, comparison=None)
     assert [command.split()[1] for _, command in list_missing(without)] == ["export", "compare", "probe"]
+
+
+def planned_again(findings: Findings, schedule: Schedule, tmp_path: Path) -> Schedule:
+    """What the command that plans makes, with the folder and the model in their places."""
+    command = next(one for one in list_commands(replace(findings, schedule=schedule))[0] if " plan " in one)
+    target = tmp_path / "again.json"
+    arguments = shlex.split(command.replace("DIR/schedule.json", str(target)).replace("DIR", str(tmp_path)))
+    result = CliRunner().invoke(main, arguments[1:])
+    assert result.exit_code == 0, result.output
+    return read_schedule(target)
+
+
+@pytest.mark.parametrize("dropped", [(), (0,)])
+def test_a_schedule_of_named_layers_is_planned_again(
+    findings: Findings, tmp_path: Path, dropped: tuple[int, ...]
+) -> None:
+    assert findings.schedule is not None
+    made = dropped_schedule(findings.schedule.model, dropped)
+    assert planned_again(findings, made, tmp_path).union == made.union
+
+
+def test_a_schedule_that_no_option_makes_has_no_command(findings: Findings) -> None:
+    assert findings.schedule is not None
+    written = replace(findings.schedule, origin={})
+    assert not any(" plan " in one for one in list_commands(replace(findings, schedule=written))[0])
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        {"criterion": "search-loss", "goal": "fast-prompt", "max_loss": 0.01},
+        {"criterion": "search-loss", "keep_decode": 1.0, "keep_prefill": 0.5, "phases": "split"},
+    ],
+)
+def test_a_search_runs_the_model_on_data(findings: Findings, origin: dict[str, str | float]) -> None:
+    assert findings.schedule is not None
+    commands, _ = list_commands(replace(findings, schedule=replace(findings.schedule, origin=origin)))
+    plan = shlex.split(next(command for command in commands if " plan " in command))
+    assert plan[2] == "tiny"
+    assert "--dataset" in plan
+    assert ("--criterion" in plan) is ("goal" not in origin), "a goal takes no criterion"
+
+
+def test_names_are_quoted_for_a_shell(findings: Findings) -> None:
+    assert findings.schedule is not None
+    name = "a model; rm x"
+    model = replace(findings.schedule.model, name=name)
+    hostile = replace(findings, schedule=replace(findings.schedule, model=model), bundle="my slim")
+    told = [*list_commands(hostile)[0], benchmark_command(hostile), evaluation_command(hostile)]
+    assert any(name in command for command in told)
+    for command in told:
+        assert not {"a", "model;", "my", "slim"} & set(shlex.split(command))

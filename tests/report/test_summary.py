@@ -63,7 +63,8 @@ def test_without_the_whole_model_no_loss_is_shown(findings: Findings) -> None:
     alone = replace(findings, evaluation=evaluation)
     accuracy = figures(alone, "quality")["accuracy"]
     assert (accuracy.whole, accuracy.change, accuracy.interval) == (None, None, None)
-    assert "--baseline" in make_cards(alone)[1].lacks
+    assert " eval tiny --schedule " in make_cards(alone)[1].lacks, "which runs the whole model, too"
+    assert "--baseline" not in make_cards(alone)[1].lacks, "which eval refuses of a model that is no bundle"
 
 
 def test_the_interval_of_a_mean_over_unequal_tasks_is_left_out(findings: Findings) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from voidprune.report.findings import Findings
 
 
@@ -14,17 +16,21 @@ def source_name(findings: Findings) -> str:
     return {"voidprune-demo": "demo"}.get(name, name)
 
 
+def quoted_source(findings: Findings) -> str:
+    """`source_name` as a shell takes it."""
+    return shlex.quote(source_name(findings))
+
+
 def bundle_path(findings: Findings) -> str:
-    return {"": "DIR/pruned", ".": "DIR"}.get(findings.bundle, f"DIR/{findings.bundle}")
+    """As a shell takes it."""
+    return shlex.quote({"": "DIR/pruned", ".": "DIR"}.get(findings.bundle, f"DIR/{findings.bundle}"))
 
 
 def evaluation_command(findings: Findings) -> str:
     if findings.manifest is None and findings.schedule is not None:
-        return (
-            f"voidprune eval {source_name(findings)} --schedule DIR/schedule.json --tasks TASKS -o DIR/evaluation.json"
-        )
-    return f"voidprune eval {bundle_path(findings)} --baseline {source_name(findings)} --tasks TASKS -o DIR/evaluation.json"
+        return f"voidprune eval {quoted_source(findings)} --schedule DIR/schedule.json --tasks TASKS -o DIR/evaluation.json"
+    return f"voidprune eval {bundle_path(findings)} --baseline {quoted_source(findings)} --tasks TASKS -o DIR/evaluation.json"
 
 
 def benchmark_command(findings: Findings) -> str:
-    return f"voidprune bench {bundle_path(findings)} --baseline {source_name(findings)} -o DIR/benchmark.json"
+    return f"voidprune bench {bundle_path(findings)} --baseline {quoted_source(findings)} -o DIR/benchmark.json"

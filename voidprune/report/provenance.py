@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from voidprune.report.commands import benchmark_command, bundle_path, evaluation_command, source_name
+from voidprune.planning.budgets import format_layers
+from voidprune.report.commands import benchmark_command, bundle_path, evaluation_command, quoted_source
 from voidprune.report.findings import Findings
 from voidprune.report.summary import whole_runner
 from voidprune.report.timings import read_timings
-from voidprune.schedule import schedule_hash
+from voidprune.schedule import LayerAction, schedule_hash
 
 Fact = tuple[str, str]
 
@@ -105,15 +106,15 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
             told += " The recipe follows."
         return [findings.record.command, "voidprune report DIR -o report.html"], told
     commands = []
-    model = shlex.quote(source_name(findings))
+    model = quoted_source(findings)
     if (profile := findings.profile) is not None:
         responses = f"--responses {profile.calibration.responses}"
         commands.append(
             f"voidprune profile {model} -o DIR/profile.json --dataset DATASET {responses} --alpha {profile.lac.alpha:g}"
             f" --max-new-tokens {profile.calibration.max_new_tokens or 64}"
         )
-    if findings.schedule is not None:
-        commands.append(_plan_command(findings))
+    if findings.schedule is not None and (plan := _plan_command(findings)) is not None:
+        commands.append(plan)
     if (manifest := findings.manifest) is not None:
         if manifest.healing is not None:
             methods = " ".join(f"--method {method}" for method in manifest.healing.methods)
@@ -129,7 +130,7 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
         limit = f" --max-new-tokens {evaluation['max_new_tokens']}"
         command = evaluation_command(findings)
         if whole_runner(evaluation) is None:
-            command = command.replace(f" --baseline {source_name(findings)}", "")
+            command = command.replace(f" --baseline {quoted_source(findings)}", "")
         commands.append(command + limit)
     if findings.benchmark is not None:
         known = dict(read_timings(findings.benchmark).conditions)
@@ -157,30 +158,35 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
     return commands, about
 
 
-def _plan_command(findings: Findings) -> str:
+def _plan_command(findings: Findings) -> str | None:
+    """None of a schedule that no option of `voidprune plan` makes: one that somebody wrote."""
     schedule = findings.schedule
     assert schedule is not None
-    origin = schedule.origin
-    start = (
-        "voidprune plan DIR/profile.json"
-        if findings.profile is not None
-        else f"voidprune plan {shlex.quote(source_name(findings))}"
-    )
-    if origin.get("criterion") == "probe":
-        return f"{start} --from-probe DIR/probe.json -o DIR/schedule.json"
-    told = "".join(f" {option} {shlex.quote(str(origin[key]))}" for key, option in _LIMITS.items() if key in origin)
-    criterion = origin.get("criterion")
-    chosen = f" --criterion {shlex.quote(str(criterion))}" if criterion not in (None, "none", "explicit") else ""
-    goal = "".join(
-        f" --{key.replace('_', '-')} {shlex.quote(str(origin[key]))}" for key in ("goal", "max_loss") if key in origin
-    )
+    origin, model = schedule.origin, f"voidprune plan {quoted_source(findings)}"
+    criterion = str(origin.get("criterion", "none"))
+    start = "voidprune plan DIR/profile.json" if findings.profile is not None else model
     rest = f" --boundary {schedule.boundary}" + (" --single-turn" if schedule.single_turn else "")
-    return f"{start} -o DIR/schedule.json{chosen}{goal}{told}{rest}"
+    if criterion == "probe":
+        return f"{start} --from-probe DIR/probe.json -o DIR/schedule.json"
+    if criterion in ("none", "explicit") and "dropped" not in origin:
+        kept = frozenset(layer for layer, action in enumerate(schedule.prefill) if action is LayerAction.FULL)
+        whole = all(action in (LayerAction.FULL, LayerAction.SKIP) for action in schedule.prefill)
+        if schedule.prefill != schedule.decode or not whole:
+            return None
+        return f"{start} -o DIR/schedule.json --keep-layers {format_layers(kept)}{rest}"
+    told = "".join(f" {option} {shlex.quote(str(origin[key]))}" for key, option in _LIMITS.items() if key in origin)
+    if "goal" in origin:
+        told = "".join(f" --{key.replace('_', '-')} {origin[key]}" for key in ("goal", "max_loss") if key in origin)
+    elif criterion not in ("none", "explicit"):
+        told = f" --criterion {shlex.quote(criterion)}{told}"
+    if "goal" in origin or criterion.startswith("search-"):
+        start, told = model, f"{told} --dataset DATASET"
+    return f"{start} -o DIR/schedule.json{told}{rest}"
 
 
 def list_missing(findings: Findings) -> list[Fact]:
     """(what is not in the folder, the command that adds it)."""
-    model = shlex.quote(source_name(findings))
+    model = quoted_source(findings)
     missing: list[Fact] = []
     for there, what, command in (
         (findings.profile, "what layers do", f"voidprune profile {model} -o DIR/profile.json"),

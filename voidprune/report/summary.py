@@ -7,7 +7,7 @@ from typing import Any
 
 from voidprune.planning.costs import PROMPT_LENGTH, ScheduleCosts, baseline_costs, schedule_costs
 from voidprune.planning.criteria import CRITERIA
-from voidprune.report.commands import benchmark_command, evaluation_command, source_name
+from voidprune.report.commands import benchmark_command, evaluation_command, quoted_source
 from voidprune.report.figures import Card, Figure
 from voidprune.report.findings import Findings
 from voidprune.report.timings import Spread, read_timings
@@ -122,7 +122,7 @@ def _quality(findings: Findings) -> Card:
     if (agreement := against.get("agreement")) is not None:
         top1 = agreement["top1"]
         figures.append(Figure("agreement", "same likeliest token", "share", float(top1["value"]), 1.0))
-    lacks = "" if whole is not None else f"{evaluation_command(findings)} --baseline {source_name(findings)}"
+    lacks = "" if whole is not None else evaluation_command(findings)
     note = f"{evaluation['num_items']} items of {evaluation['dataset']}; intervals: 95 %, paired over items"
     return Card("quality", "What it cost in quality", tuple(figures), note, lacks)
 
@@ -192,7 +192,7 @@ def _bytes(findings: Findings) -> Card:
     lacks = (
         ""
         if manifest is not None
-        else f"voidprune export {source_name(findings)} --schedule DIR/schedule.json -o DIR/pruned"
+        else f"voidprune export {quoted_source(findings)} --schedule DIR/schedule.json -o DIR/pruned"
     )
     return Card("bytes", "What it bought in bytes", tuple(figures), lacks=lacks)
 
