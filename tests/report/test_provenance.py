@@ -51,6 +51,10 @@ def test_commands_are_those_of_the_command_line(findings: Findings) -> None:
     plan = next(command for command in commands if " plan " in command)
     assert "--criterion lac" in plan
     assert "--keep-prefill 0.5 --keep-decode 1.0" in plan
+    probe = next(command for command in commands if " probe " in command)
+    assert (
+        "--intervention freeze --intervention random --intervention skip-attention --scope prompt --scope pub" in probe
+    )
     bench = next(command for command in commands if " bench " in command)
     assert (
         "--prompt-lengths 128 --context-lengths 128 --batch-sizes 1 --new-tokens 32 --rounds 15 --provider cpu --seed 0"

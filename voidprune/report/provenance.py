@@ -148,9 +148,10 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
         commands.append(benchmark_command(findings) + told)
     if (probe := findings.probe) is not None:
         settings = probe["settings"]
+        tried = " ".join(f"--intervention {intervention}" for intervention in settings["interventions"])
         scopes = " ".join(f"--scope {scope}" for scope in settings["scopes"])
         commands.append(
-            f"voidprune probe {model} -o DIR/probe.json --tasks TASKS {scopes} --margin {settings['margin']:g} "
+            f"voidprune probe {model} -o DIR/probe.json --tasks TASKS {tried} {scopes} --margin {settings['margin']:g} "
             f"--max-new-tokens {settings['max_new_tokens']} --seed {settings['seed']}"
         )
     commands.append("voidprune report DIR -o report.html")
