@@ -124,3 +124,12 @@ def test_names_are_quoted_for_a_shell(findings: Findings) -> None:
     assert any(name in command for command in told)
     for command in told:
         assert not {"a", "model;", "my", "slim"} & set(shlex.split(command))
+
+
+@pytest.mark.parametrize("kind", ["comparison", "probe"])
+def test_a_comparison_or_probe_names_the_model(findings: Findings, kind: str) -> None:
+    document = {**(findings.probe or {}), "model": {"name": "small"}}
+    if kind == "comparison":
+        document = {**(findings.comparison or {}), "model": {"name": "small"}}
+    alone = replace(Findings(*[None] * 6), **{kind: document})
+    assert list_missing(alone)[0][1] == "voidprune profile small -o DIR/profile.json"

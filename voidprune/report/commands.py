@@ -10,7 +10,8 @@ from voidprune.report.findings import Findings
 def source_name(findings: Findings) -> str:
     """What the model is called on the command line, as far as that was written down."""
     known = findings.schedule or findings.profile
-    name = known.model.name if known is not None else "MODEL"
+    result = findings.comparison or findings.probe
+    name = known.model.name if known is not None else "MODEL" if result is None else str(result["model"]["name"])
     if findings.manifest is not None:
         name = findings.manifest.source
     return {"voidprune-demo": "demo"}.get(name, name)
