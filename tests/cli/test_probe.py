@@ -68,6 +68,24 @@ def test_a_probe_says_all(probe: Path, tmp_path: Path) -> None:
     expect_error(*arguments[:3], other, *arguments[4:], message="neither intervention to be harmless")
 
 
+def test_the_demo_model_is_asked_what_it_was_made_for(tmp_path: Path) -> None:
+    options = (
+        "--intervention",
+        "freeze",
+        "--depths",
+        "11",
+        "--num-samples",
+        2,
+        "--margin",
+        0.5,
+        "--device",
+        "cpu",
+        "-q",
+    )
+    assert invoke("probe", "demo", "-o", tmp_path / "probe.json", *options).exit_code == 0
+    assert json.loads((tmp_path / "probe.json").read_bytes())["dataset"].startswith("demo")
+
+
 def test_what_is_refused(probe: Path, tmp_path: Path) -> None:
     output = tmp_path / "probe.json"
     expect_error("probe", "demo", "-o", probe, "--tasks", "demo", message="exists")

@@ -38,9 +38,7 @@ SCOPES = ("prompt", "published")
 @click.option(
     "--tasks",
     shell_complete=complete_tasks,
-    default="capitals",
-    show_default=True,
-    help='"capitals", "demo" or one of its tasks, or a file.',
+    help='"capitals", "demo" or one of its tasks, or a file. Default: capitals; of the demo model its own.',
 )
 @click.option("--num-samples", type=click.IntRange(min=1), help="Items of each task, or of the file.")
 @click.option(
@@ -64,7 +62,7 @@ def probe(
     interventions: tuple[str, ...],
     scopes: tuple[str, ...],
     depths: frozenset[int] | None,
-    tasks: str,
+    tasks: str | None,
     num_samples: int | None,
     margin: float,
     max_new_tokens: int | None,
@@ -92,6 +90,7 @@ def probe(
     from voidprune.tables import probe_tables
 
     artifacts.check_output_file(output, overwrite=overwrite)
+    tasks = tasks or ("demo" if model == "demo" else "capitals")
     rows = find_rows(tasks, num_items=num_samples)
     device = device or default_device()
     document = probe_model(
