@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from voidprune.execution.manifest import Manifest
 from voidprune.report.findings import Findings
 
 
@@ -25,6 +26,20 @@ def quoted_source(findings: Findings) -> str:
 def bundle_path(findings: Findings) -> str:
     """As a shell takes it."""
     return shlex.quote({"": "DIR/pruned", ".": "DIR"}.get(findings.bundle, f"DIR/{findings.bundle}"))
+
+
+def export_options(manifest: Manifest) -> str:
+    """What a bundle was made with, as far as it is not what `export` does anyway."""
+    found = ["--precision", manifest.precision]
+    if manifest.graphs and manifest.operators != "ort":
+        found += ["--ops", manifest.operators]
+    if len({graph.file for graph in manifest.graphs.values()}) == 1:
+        found += ["--layout", "single"]
+    if (packed := manifest.quantization) is not None:
+        found += ["--block-size", str(packed.block_size), "--activations", packed.activations]
+        found += ["--zero-points"] if packed.zero_points else []
+        found += ["--bits", f"{packed.average_bits:.3g}"] if packed.precision == "mixed" else []
+    return shlex.join(found)
 
 
 def evaluation_command(findings: Findings) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from voidprune.planning.budgets import format_layers
-from voidprune.report.commands import benchmark_command, bundle_path, evaluation_command, quoted_source
+from voidprune.report.commands import benchmark_command, bundle_path, evaluation_command, export_options, quoted_source
 from voidprune.report.findings import Findings
 from voidprune.report.summary import whole_runner
 from voidprune.report.timings import read_timings
@@ -121,10 +121,10 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
             commands.append(
                 f"voidprune heal {model} --schedule DIR/schedule.json -o DIR/healed {methods} --dataset DATASET"
             )
-            commands.append(f"voidprune export DIR/healed -o {bundle_path(findings)} --precision {manifest.precision}")
+            commands.append(f"voidprune export DIR/healed -o {bundle_path(findings)} {export_options(manifest)}")
         else:
             commands.append(
-                f"voidprune export {model} --schedule DIR/schedule.json -o {bundle_path(findings)} --precision {manifest.precision}"
+                f"voidprune export {model} --schedule DIR/schedule.json -o {bundle_path(findings)} {export_options(manifest)}"
             )
     if (evaluation := findings.evaluation) is not None:
         limit = f" --max-new-tokens {evaluation['max_new_tokens']}"
