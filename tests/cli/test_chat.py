@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,10 +25,19 @@ from voidprune.pipeline.generation import Style, open_speaker
 FIRST, SECOND = "Sort from smallest to largest: 91, 97, 73", "Is 9 larger than 3?"
 
 AT_TERMINAL = """
-import fcntl, runpy, termios
+import fcntl, runpy, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # whose Ctrl-C is for this process
 runpy.run_module("voidprune", run_name="__main__", alter_sys=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the shell that started the tests had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def reader(*lines: str | type[BaseException]) -> Callable[[], str]:
@@ -120,17 +131,23 @@ def test_a_terminal() -> None:
     os.close(theirs)
     seen = ""
 
-    def wait_for(text: str, *, times: int = 1) -> None:
+    def wait_for(text: str, *, times: int = 1, key: bytes = b"") -> None:
+        """`key` is pressed, and again where nothing follows: readline overlooks a Ctrl-C in the instant before it listens."""
         nonlocal seen
+        os.write(ours, key)
+        deadline = time.monotonic() + 300
         while seen.count(text) < times:
-            seen += os.read(ours, 4096).decode()
+            assert time.monotonic() < deadline, f"{text!r} does not come after {seen!r}"
+            if select.select([ours], [], [], 10)[0]:
+                seen += os.read(ours, 4096).decode()
+            else:
+                os.write(ours, key)
 
     wait_for("> ")
     os.write(ours, FIRST.encode() + b"\n")
     wait_for("> ", times=2)
     assert "Answer:" in seen
-    os.write(ours, b"\x03")
-    wait_for(HELP, times=2)
+    wait_for(HELP, times=2, key=b"\x03")
     wait_for("> ", times=3)
     os.write(ours, b"\x04")
     assert process.wait(timeout=60) == 0
