@@ -21,25 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_act": "silu",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 24,
-    "max_window_layers": 24,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "use_sliding_window": False,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-}
-SMALL = {"num_hidden_layers": 6, "max_window_layers": 6, "vocab_size": 32000}
+from peer_models import model_config, write_checkpoint
+
+SMALL = (6, 32000)
+"""Layers and vocabulary, without --full."""
 MOST = 1.05
 """What both phases may take, as a multiple of one graph."""
 
@@ -69,7 +54,9 @@ def main() -> None:
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
-    both = export(folder / "both", CONFIG if arguments.full else {**CONFIG, **SMALL}, arguments.precision)
+    size = (None, None) if arguments.full else SMALL
+    config = model_config("qwen2.5-0.5b", num_layers=size[0], vocab_size=size[1])
+    both = export(folder / "both", config, arguments.precision)
     folders = {"both": [both], "one": [decode_graph_alone(both, folder / "one")], "nothing": []}
     found: dict[str, list[dict[str, int]]] = {name: [] for name in folders}
     for _ in range(arguments.rounds):
@@ -135,43 +122,6 @@ def export(folder: Path, config: dict[str, Any], precision: str) -> Path:
         max_shard_bytes=10**12,
     )
     return folder
-
-
-def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
-    import numpy as np
-
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        for name, shape in {
-            "input_layernorm": (hidden,),
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "post_attention_layernorm": (hidden,),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-            if name[-6:] in ("q_proj", "k_proj", "v_proj"):
-                shapes[f"model.layers.{layer}.{name}.bias"] = shape[:1]
-    shapes["model.norm.weight"] = (hidden,)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    header, position = {}, 0
-    for name, shape in shapes.items():
-        size = 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, position + size]}
-        position += size
-    encoded = json.dumps(header).encode()
-    random = np.random.default_rng(0)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for shape in shapes.values():
-            file.write((random.standard_normal(shape, np.float32) * np.float32(0.02)).data)
 
 
 def decode_graph_alone(bundle: Path, folder: Path) -> Path:

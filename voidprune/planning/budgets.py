@@ -142,10 +142,15 @@ def parse_layers(text: str) -> frozenset[int]:
 
 def format_layers(layers: Iterable[int]) -> str:
     """The inverse of `parse_layers`: {3, 7, 11, 12, 13} is "3,7,11-13"."""
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in contiguous_runs(layers))
+
+
+def contiguous_runs(layers: Iterable[int]) -> list[list[int]]:
+    """Layers in ascending order, those that follow each other together."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][-1] + 1:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return runs

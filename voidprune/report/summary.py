@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from voidprune.planning.budgets import contiguous_runs
 from voidprune.planning.costs import PROMPT_LENGTH, ScheduleCosts, baseline_costs, schedule_costs
 from voidprune.planning.criteria import CRITERIA
+from voidprune.quality.spreads import Spread
 from voidprune.report.commands import benchmark_command, evaluation_command, quoted_source
 from voidprune.report.figures import Card, Figure
 from voidprune.report.findings import Findings
-from voidprune.report.timings import Spread, read_timings
+from voidprune.report.timings import read_timings
 from voidprune.schedule import Boundary, Phase, Schedule
 
 
@@ -339,15 +341,9 @@ def _layers(layers: Sequence[int]) -> str:
 
 def format_layers(layers: Sequence[int]) -> str:
     """3, 7, 11 to 14."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
     texts = [
         str(run[0]) if len(run) == 1 else f"{run[0]}, {run[1]}" if len(run) == 2 else f"{run[0]} to {run[-1]}"
-        for run in runs
+        for run in contiguous_runs(layers)
     ]
     return _join(texts)
 

@@ -6,19 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Spread:
-    """Median over rounds and the interval that goes with it."""
-
-    median: float
-    low: float
-    high: float
-
-    @property
-    def width(self) -> float:
-        """Of the interval, as a share of the median."""
-        return (self.high - self.low) / self.median if self.median else 0.0
+from voidprune.quality.spreads import Spread
 
 
 @dataclass(frozen=True)
