@@ -24,13 +24,15 @@ COLOURS = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
 CODES = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
 
 
-def run_in_terminal(*arguments: object, piped: str = "", **variables: str) -> tuple[str, str]:
+def run_in_terminal(
+    *arguments: object, command: tuple[str, ...] = ("-m", "voidprune"), piped: str = "", **variables: str
+) -> tuple[str, str]:
     """What a terminal shows, and what comes out of the stream that is no terminal: `piped` is "stdout", "stderr" or none."""
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "COLORTERM")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "voidprune", *map(str, arguments)],
+        [sys.executable, *command, *map(str, arguments)],
         stdin=terminal,
         stdout=subprocess.PIPE if piped == "stdout" else terminal,
         stderr=subprocess.PIPE if piped == "stderr" else terminal,
@@ -98,14 +100,27 @@ def test_what_a_terminal_cannot_show_is_no_traceback(folder: Path) -> None:
 PROFILE = ("profile", "demo", "--num-samples", 4, "--max-new-tokens", 6, "--device", "cpu", "--batch-size", 1)
 
 
-def test_progress_has_a_rate_and_the_time_left_and_goes_to_stderr(tmp_path: Path) -> None:
+def test_progress_has_a_rate_and_the_time_taken_and_goes_to_stderr(tmp_path: Path) -> None:
     shown, results = run_in_terminal(*PROFILE, "-o", tmp_path / "p.json", piped="stdout")
     told = CODES.sub("", shown)
-    for pattern in (r"generating .* \d+% .* samples/s \d:\d\d:\d\d left", r"tracing .* 100% .* tokens/s \d:\d\d:\d\d"):
+    for pattern in (r"generating .* 100% .* samples/s \d:\d\d:\d\d", r"tracing .* 100% .* tokens/s \d:\d\d:\d\d"):
         assert re.search(pattern, told), told
     assert max(cell_len(line) for line in re.split(r"[\r\n]", told)) <= 80
     assert "prefill" in results
     assert "samples/s" not in results
+
+
+def test_progress_of_a_step_that_is_not_done_has_the_time_left() -> None:
+    """A bar is drawn once more when it ends, and this one ends half done: no need to catch it on its way."""
+    script = """
+from voidprune.cli.output import progress_bars
+
+with progress_bars(quiet=False)("generating", 4, "samples") as advance:
+    advance(2)
+"""
+    shown, results = run_in_terminal(command=("-c", script), piped="stdout")
+    assert re.search(r"generating .* 50% .* samples/s \d:\d\d:\d\d left", CODES.sub("", shown)), shown
+    assert results == ""
 
 
 @pytest.mark.parametrize("quiet", [("-q",), ()])
