@@ -307,12 +307,12 @@ class LlamaCpp:
         except SystemExit as done:
             if done.code:
                 raise
-        if cls.stored == "q4_0":
+        if cls.stored in ("q4_0", "q8_0"):
             import llama_cpp
 
             params = llama_cpp.llama_model_quantize_default_params()
-            params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
-            packed = target / "model.q4_0.gguf"
+            params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{cls.stored.upper()}")
+            packed = target / f"model.{cls.stored}.gguf"
             failed = llama_cpp.llama_model_quantize(str(plain).encode(), str(packed).encode(), ctypes.byref(params))
             assert not failed, failed
             plain.unlink()
@@ -368,10 +368,15 @@ class LlamaCppQ4(LlamaCpp):
     stored = "q4_0"
 
 
+class LlamaCppQ8(LlamaCpp):
+    stored = "q8_0"
+
+
 PEERS: dict[str, Any] = {
     "machine": Machine,
     "voidprune fp32": Voidprune,
     "voidprune int4": Voidprune,
+    "voidprune w8a8": Voidprune,
     "transformers eager": Transformers,
     "transformers compiled": TransformersCompiled,
     "genai fp32": Genai,
@@ -381,4 +386,5 @@ PEERS: dict[str, Any] = {
     "llama.cpp F32": LlamaCpp,
     "llama.cpp F16": LlamaCppF16,
     "llama.cpp Q4_0": LlamaCppQ4,
+    "llama.cpp Q8_0": LlamaCppQ8,
 }

@@ -10,7 +10,8 @@ run in groups, ours in each.
 where a ratio is worse by more than the noise of both (`voidprune.quality.regressions`): `make bench-check`.
 
 A ratio is the time of the runtime over ours of the same round: above 1, ours is faster. Packed runtimes are put beside our
-int4. With float32, the greedy tokens must be ours, or the work was not the same.
+int4, those in 8 bits beside our w8a8, which runs where it is asked for. With float32, the greedy tokens must be ours, or the
+work was not the same.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from voidprune.quality.spreads import interval_confidence, median_spread, ratio_
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 ACCEPTED = ROOT / "benchmarks" / "accepted.json"
-PLAIN, PACKED = "voidprune fp32", "voidprune int4"
+PLAIN, PACKED, INTEGER = "voidprune fp32", "voidprune int4", "voidprune w8a8"
 SETTINGS = ("model", "layers", "vocabulary", "keep", "peers", "prompt", "context", "steps", "rounds", "threads")
 """Options that say what is measured."""
 
@@ -55,6 +56,7 @@ class Peer:
 PEERS = {
     PLAIN: Peer(None, PLAIN, 1.2),
     PACKED: Peer(None, PACKED, 0.5),
+    INTEGER: Peer(None, PACKED, 0.8),
     "transformers eager": Peer(None, PLAIN, 1.5),
     "transformers compiled": Peer(None, PLAIN, 1.7),
     "genai fp32": Peer("genai", PLAIN, 2.3),
@@ -64,6 +66,7 @@ PEERS = {
     "llama.cpp F32": Peer("llama-cpp", PLAIN, 1.3),
     "llama.cpp F16": Peer("llama-cpp", PLAIN, 0.8),
     "llama.cpp Q4_0": Peer("llama-cpp", PACKED, 0.5),
+    "llama.cpp Q8_0": Peer("llama-cpp", INTEGER, 0.6),
 }
 
 
@@ -170,7 +173,7 @@ def check(accepted: AcceptedRun, result: dict[str, Any]) -> None:
 def compare(folder: Path, peers: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     given = dict(entry.split("=", 1) for entry in arguments.python)
     pythons = {}
-    for name in (PLAIN, PACKED, *peers):
+    for name in dict.fromkeys([*ours_beside(peers), *peers]):
         environment = PEERS[name].environment
         if environment is None:
             pythons[name] = Path(sys.executable)
@@ -209,7 +212,7 @@ def compare(folder: Path, peers: Sequence[str], arguments: argparse.Namespace) -
 
 
 def export_ours(source: Path, folder: Path, *, keep: float | None) -> tuple[Path, dict[str, Path]]:
-    """Our two bundles. That in float32 is also the checkpoint that all others convert."""
+    """Our bundles. That in float32 is also the checkpoint that all others convert."""
     from voidprune.export.bundle import export_bundle
     from voidprune.export.quantize import uniform_packing
     from voidprune.models.checkpoint import open_checkpoint
@@ -221,12 +224,15 @@ def export_ours(source: Path, folder: Path, *, keep: float | None) -> tuple[Path
     if keep is not None:
         kept = {round(place) for place in np.linspace(0, num_layers - 1, max(1, round(keep * num_layers)))}
         schedule = dropped_schedule(checkpoint.identity, set(range(num_layers)) - kept)
-    folders = {PLAIN: folder / "fp32", PACKED: folder / "int4"}
+    folders = {PLAIN: folder / "fp32", PACKED: folder / "int4", INTEGER: folder / "w8a8"}
     export_bundle(
         checkpoint, schedule, folders[PLAIN], verify=lambda _stage: None, formats=("hf", "onnx"), max_shard_bytes=10**12
     )
-    packing = uniform_packing("int4", len(schedule.union))
-    export_bundle(checkpoint, schedule, folders[PACKED], verify=lambda _stage: None, formats=("onnx",), packing=packing)
+    for name, precision in ((PACKED, "int4"), (INTEGER, "w8a8")):
+        packing = uniform_packing(precision, len(schedule.union))
+        export_bundle(
+            checkpoint, schedule, folders[name], verify=lambda _stage: None, formats=("onnx",), packing=packing
+        )
     folders |= dict.fromkeys(("transformers eager", "transformers compiled"), folders[PLAIN])
     return folders[PLAIN], folders
 
@@ -245,18 +251,29 @@ def prepare(name: str, python: Path, source: Path, target: Path) -> Path:
     return target
 
 
+def ours_beside(peers: Sequence[str]) -> list[str]:
+    """Those of ours that run with these: w8a8 only where it is asked for, or another is put beside it."""
+    return [
+        PLAIN,
+        PACKED,
+        *([INTEGER] if INTEGER in peers or any(PEERS[name].beside == INTEGER for name in peers) else []),
+    ]
+
+
 def groups(peers: Sequence[str], weight_bytes: int) -> list[list[str]]:
     """Runtimes that fit into memory together, with ours in every group."""
+    ours = ours_beside(peers)
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.8
     found: list[list[str]] = []
     for name in peers:
+        if name in ours:
+            continue
         needed = PEERS[name].memory * weight_bytes
-        ours = [PLAIN, PACKED]
         if found and sum(PEERS[one].memory for one in found[-1]) * weight_bytes + needed <= memory:
             found[-1].append(name)
         else:
             found.append([*ours, name])
-    return found or [[PLAIN, PACKED]]
+    return found or [ours]
 
 
 def run_group(
@@ -272,7 +289,7 @@ def run_group(
     positions = max(arguments.prompt, arguments.context + arguments.steps)
     workers: dict[str, Worker] = {}
     seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in names}
-    floors: dict[str, list[dict[str, float]]] = {PLAIN: [], PACKED: []}
+    floors: dict[str, list[dict[str, float]]] = {name: [] for name in names if name in (PLAIN, PACKED, INTEGER)}
     meters: dict[str, Worker] = {}
     tokens: dict[str, list[int]] = {name: [] for name in names}
     size = {"threads": arguments.threads, "positions": positions}
@@ -308,7 +325,7 @@ def run_group(
         beside = PEERS[name].beside
         timed = {phase: values[1:] for phase, values in seconds[name].items()}  # the first round warms up
         ours = {phase: values[1:] for phase, values in seconds[beside].items()}
-        least = {phase: [found[phase] for found in floors[beside][1:]] for phase in timed}
+        least = {phase: [found[phase] for found in floors.get(name, floors[beside])[1:]] for phase in timed}
         equal = sum(one == other for one, other in zip(tokens[name], tokens[beside], strict=True))
         rows.append(
             Row(

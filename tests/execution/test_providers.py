@@ -16,6 +16,8 @@ import pytest
 from tests.conftest import Bundle, MakeBundle
 from tests.execution.test_session import mixed
 from tests.tiny_models import TinyModel, build_model
+from voidprune.errors import RuntimeProviderError
+from voidprune.execution import providers
 from voidprune.execution.providers import PROVIDERS, open_sessions, stray_operators
 from voidprune.execution.session import element_type
 from voidprune.export.bundle import export_bundle
@@ -77,7 +79,7 @@ def test_weights_are_in_memory_once_packed_or_not(bundle: Bundle) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int4", "w8a8"])
 def test_weights_are_laid_out_once_for_both_phases_or_stay_in_their_file(
     bundle: Bundle, tmp_path: Path, precision: str
 ) -> None:
@@ -129,3 +131,23 @@ def test_bfloat16_comes_to_the_host_as_it_is() -> None:
     session.run_with_iobinding(binding)
     assert found.astype(np.float32).tolist() == [1.0, -2.5, 3.140625]
     assert int(found.argmax()) == 2
+
+
+def test_a_processor_whose_products_overflow_is_refused(
+    llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32,767 is the most that a sum of two products in 16 bits keeps."""
+    schedule = full_schedule(llama.identity)
+    manifest = export_bundle(
+        llama.checkpoint,
+        schedule,
+        tmp_path / "bundle",
+        verify=lambda _: None,
+        formats=("onnx",),
+        packing=uniform_packing("w8a8", len(schedule.union)),
+    )
+    assert set(open_sessions(tmp_path / "bundle", manifest, provider="cpu").by_phase) == set(Phase)
+    monkeypatch.setattr(providers, "_integer_product", lambda: 32.0 * 32767 - 64 * 128 * 127)
+    with pytest.raises(RuntimeProviderError, match="products of them overflow") as caught:
+        open_sessions(tmp_path / "bundle", manifest, provider="cpu")
+    assert "--precision int8" in str(caught.value.hint)

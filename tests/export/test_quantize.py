@@ -37,6 +37,7 @@ FORMATS = [
     for block_size in (32, 128)
     for zero_points in (False, True)
 ]
+ROWS = BlockFormat(bits=8, block_size=None, zero_points=False)
 
 
 def random_matrix(rows: int, columns: int, *, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -64,10 +65,10 @@ def test_onnxruntime_reads_what_is_meant(blocks: BlockFormat, columns: int, leve
     weights, bias = random_matrix(24, columns), random_matrix(1, 24)[0]
     numbers, scales, points = quantize_rows(weights, blocks)
     meant = meaning_one_by_one(numbers, scales, points, blocks)[:, :columns]
-    packed = pack(numbers.reshape(24, -1), blocks.bits).reshape(24, blocks.num_blocks(columns), blocks.block_bytes)
+    packed = pack(numbers.reshape(24, -1), blocks).reshape(blocks.numbers_shape(24, columns))
     initializers = {"packed": packed, "scales": scales, "bias": bias}
     if points is not None:
-        initializers["points"] = pack(points, blocks.bits)
+        initializers["points"] = pack(points, blocks)
     node = helper.make_node(
         "MatMulNBits",
         ["value", "packed", "scales", "points" if points is not None else "", "", "bias"],
@@ -95,11 +96,11 @@ def test_onnxruntime_reads_what_is_meant(blocks: BlockFormat, columns: int, leve
     assert np.abs(found - expected).max() <= (1e-4 if level == 0 else 0.02 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("blocks", FORMATS, ids=str)
+@pytest.mark.parametrize("blocks", [*FORMATS, ROWS], ids=str)
 def test_rounding_is_no_worse_than_the_plain_one(blocks: BlockFormat) -> None:
     """Plain: the largest magnitude, or both extremes, at the end of what the bits hold."""
     weights = random_matrix(40, 256)
-    values = weights.reshape(40, -1, blocks.block_size)
+    values = weights.reshape(40, -1, blocks.numbers_in_block(256))
     if blocks.zero_points:
         low, high = np.minimum(values.min(-1, keepdims=True), 0), np.maximum(values.max(-1, keepdims=True), 0)
         scales = (high - low) / blocks.largest
@@ -113,7 +114,7 @@ def test_rounding_is_no_worse_than_the_plain_one(blocks: BlockFormat) -> None:
 
 
 @given(
-    st.sampled_from(FORMATS),
+    st.sampled_from([*FORMATS, ROWS]),
     st.integers(1, 4),
     st.integers(1, 140),
     st.integers(0, 2**32 - 1),
@@ -138,7 +139,7 @@ def test_zeros_stay_zeros(blocks: BlockFormat) -> None:
     assert not restore_rows(half, blocks)[:, :128].any()
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8"])
 @pytest.mark.parametrize("settings", [{}, {"block_size": 128}, {"zero_points": True}])
 def test_file_means_the_rounded_weights(
     llama: TinyModel, tmp_path: Path, precision: str, settings: dict[str, Any]

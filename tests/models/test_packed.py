@@ -35,6 +35,8 @@ from voidprune.models.sizes import measure_sizes
 from voidprune.models.tensors import read_rows
 
 QUERY = "model.layers.0.self_attn.q_proj"
+FOUR, EIGHT = (BlockFormat(bits=bits, block_size=32, zero_points=False) for bits in (4, 8))
+ROWS = BlockFormat(bits=8, block_size=None, zero_points=False)
 
 
 @pytest.fixture
@@ -61,26 +63,42 @@ def rewrite_header(file: Path, change: Callable[[dict[str, Any]], None]) -> None
     )
 )
 def test_unpack_undoes_pack(numbers: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-    assert (unpack(pack(numbers, 8), 8) == numbers).all()
-    packed = pack(numbers, 4)
+    for eight in (EIGHT, ROWS):
+        assert (unpack(pack(numbers, eight), eight) == numbers).all()
+    packed = pack(numbers, FOUR)
     assert packed.shape[-1] == (numbers.shape[-1] + 1) // 2
-    assert (unpack(packed, 4)[..., : numbers.shape[-1]] == numbers).all()
+    assert (unpack(packed, FOUR)[..., : numbers.shape[-1]] == numbers).all()
 
 
 def test_lower_half_comes_first() -> None:
-    assert pack(np.array([[1, 2, 15]], np.uint8), 4).tolist() == [[0x21, 0x0F]]
+    assert pack(np.array([[1, 2, 15]], np.uint8), FOUR).tolist() == [[0x21, 0x0F]]
+
+
+def test_numbers_of_whole_rows_are_signed() -> None:
+    assert pack(np.array([[0, 1, 128, 255]], np.uint8), ROWS).view(np.int8).tolist() == [[-128, -127, 0, 127]]
 
 
 def test_format_counts_blocks_and_bytes() -> None:
     four = BlockFormat(bits=4, block_size=32, zero_points=True)
-    assert (four.middle, four.largest, four.block_bytes) == (8, 15, 16)
+    assert (four.middle, four.largest, four.numbers_shape(3, 40)) == (8, 15, (3, 2, 16))
     assert [four.num_blocks(columns) for columns in (1, 32, 33, 96)] == [1, 1, 2, 3]
     assert [four.zero_point_bytes(columns) for columns in (32, 64, 96)] == [1, 1, 2]
     eight = BlockFormat(bits=8, block_size=128, zero_points=False)
-    assert (eight.middle, eight.largest, eight.block_bytes, eight.zero_point_bytes(300)) == (128, 255, 128, 3)
+    assert (eight.middle, eight.largest, eight.zero_point_bytes(300)) == (128, 255, 3)
+    assert (eight.numbers_shape(3, 300), eight.scales_shape(3, 300)) == ((3, 3, 128), (3, 3))
+    assert (ROWS.numbers_shape(3, 300), ROWS.scales_shape(3, 300), ROWS.num_blocks(300)) == ((3, 300), (3,), 1)
 
 
-@pytest.mark.parametrize("values", [{"bits": 3}, {"block_size": 48}, {"zero_points": 1}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"bits": 3},
+        {"block_size": 48},
+        {"zero_points": 1},
+        {"block_size": None},
+        {"bits": 8, "block_size": None, "zero_points": True},
+    ],
+)
 def test_other_formats_do_not_exist(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="no way to pack"):
         BlockFormat(**{"bits": 4, "block_size": 32, "zero_points": False, **values})

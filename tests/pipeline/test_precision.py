@@ -192,9 +192,9 @@ def test_baseline_has_the_same_precision(bundles: dict[str, Path]) -> None:
     ("options", "message"),
     [
         (("--precision", "int4", "--bits", "5"), "--bits goes with --precision mixed"),
-        (("--block-size", "128"), "--block-size goes with --precision int8 or int4 or mixed"),
-        (("--precision", "fp16", "--zero-points"), "--zero-points goes with --precision int8 or int4 or mixed"),
-        (("--activations", "fp32"), "--activations goes with --precision int8 or int4 or mixed"),
+        (("--block-size", "128"), "--block-size goes with --precision int8 or int4 or mixed or w8a8"),
+        (("--precision", "fp16", "--zero-points"), "--zero-points goes with --precision int8 or int4 or mixed or w8a8"),
+        (("--activations", "fp32"), "--activations goes with --precision int8 or int4 or mixed or w8a8"),
     ],
 )
 def test_options_of_packing_go_with_packing(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
@@ -235,6 +235,7 @@ def test_samples_to_measure_packing_leave_a_bundle_its_schedule(tmp_path: Path) 
     ("options", "message"),
     [
         (("--precision", "int8", "--format", "hf"), "int8 is a precision of ONNX graphs"),
+        (("--precision", "w8a8", "--activations", "fp32"), "w8a8 multiplies by activations in 8 bits"),
         (("--precision", "int8", "--ops", "standard"), "take the zero points of packed matrices from the file"),
         (("--precision", "bf16", "--provider", "cpu"), "would be in bf16, for which onnxruntime has no kernels"),
     ],
@@ -251,7 +252,7 @@ def test_graphs_that_cannot_be_are_refused_before_anything_is_planned(
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied-small-heads", "phi3", "qwen2", "starcoder2"])
 @pytest.mark.parametrize("settings", [{}, {"block_size": 128}, {"zero_points": True}])
-@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8"])
 def test_sizes_are_those_of_the_file_that_graphs_read(
     get_model: GetModel, name: str, precision: str, settings: dict[str, Any]
 ) -> None:

@@ -25,11 +25,16 @@ from voidprune.errors import CheckpointError, ModelError, ParityError
 from voidprune.execution.manifest import FILE, Manifest, read_manifest
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
+from voidprune.export.emitter import Emitter
+from voidprune.export.fused_operators import ORT, FusedOperators
+from voidprune.export.graph_author import IR_VERSION, OPSET
 from voidprune.export.hf_checkpoint import write_slim_files
-from voidprune.export.onnx_graph import author_decode, round_activations, save_graph
+from voidprune.export.onnx_graph import author_decode, multiply_exactly, round_activations, save_graph
 from voidprune.export.quantize import LayerBits, Packing, uniform_packing, write_packed
+from voidprune.export.weights import PackedMatrix, Rows
 from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint
-from voidprune.models.packed import packed_file
+from voidprune.models.graph_architecture import describe_graph_architecture
+from voidprune.models.packed import PackedRecord, dequantize_rows, packed_file
 from voidprune.quality.packed_parity import check_packed
 from voidprune.quality.parity import verify_bundle
 from voidprune.schedule import Boundary, LayerAction, Schedule, dropped_schedule, full_schedule
@@ -76,10 +81,12 @@ MIXED_PREFILL = (A.FULL, A.KV_MLP, A.SKIP_ATTENTION, A.KV_ONLY, A.FULL, A.SKIP)
 MIXED_DECODE = (A.FULL, A.FULL, A.SKIP_ATTENTION, A.SKIP_MLP, A.KV_ONLY, A.SKIP)
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_every_family_equals_its_reference(tiny_model: TinyModel, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "settings"), [("int4", EXACT), ("int8", EXACT), ("w8a8", {})])
+def test_every_family_equals_its_reference(
+    tiny_model: TinyModel, tmp_path: Path, precision: str, settings: dict[str, Any]
+) -> None:
     schedule = Schedule(model=tiny_model.identity, prefill=MIXED_PREFILL, decode=MIXED_DECODE)
-    manifest = export_packed(tiny_model, schedule, tmp_path / "out", packing_of(schedule, precision, **EXACT))
+    manifest = export_packed(tiny_model, schedule, tmp_path / "out", packing_of(schedule, precision, **settings))
     assert_equal_to_reference(manifest)
     assert manifest.weight_files == (packed_file(precision),)
 
@@ -118,7 +125,7 @@ def test_a_packed_table_is_not_read_past_its_end(llama: TinyModel, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "stablelm"])
-@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8"])
 def test_rounded_activations_stay_within_what_rounding_changes(
     get_model: GetModel, tmp_path: Path, name: str, precision: str
 ) -> None:
@@ -274,7 +281,7 @@ def pack_folder(source: TinyModel, folder: Path, precision: str, **settings: Any
     return open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8"])
 @pytest.mark.parametrize("block_size", [32, 128])
 @pytest.mark.parametrize("tied", [False, True])
 def test_standard_operators_read_the_same_bytes(tmp_path: Path, precision: str, block_size: int, tied: bool) -> None:
@@ -285,6 +292,7 @@ def test_standard_operators_read_the_same_bytes(tmp_path: Path, precision: str, 
     schedule, found = full_schedule(packed.identity), {}
     for operators in ("ort", "standard"):
         model = author_decode(packed, schedule, operators=operators)
+        multiply_exactly(model)
         save_graph(model, tmp_path / f"{operators}.onnx")
         session = open_plainly(tmp_path / f"{operators}.onnx")
         found[operators] = session.run(["logits"], feeds_of(model))[0]
@@ -333,5 +341,54 @@ def test_rounding_is_an_attribute_of_products_alone(llama: TinyModel, bundle: Pa
     before = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
     round_activations(model)
     assert onnx_ir.to_proto(model).SerializeToString(deterministic=True) != before
-    round_activations(model, level=0)
+    multiply_exactly(model)
     assert onnx_ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_products_of_whole_numbers_lose_nothing_where_rounding_does_not(tmp_path: Path) -> None:
+    """Tokens of whole 127ths of what is largest in them: they stay as they are, and so does one of zeros."""
+    source = build_model("qwen2", tmp_path / "source")
+    packed = pack_folder(source, tmp_path, "w8a8")
+    architecture = describe_graph_architecture(packed.config, packed.architecture.spec)
+    emit = Emitter(packed)
+    matrix = emit.weights.matrix([Rows("model.layers.0.mlp.up_proj.weight")])
+    assert isinstance(matrix, PackedMatrix)
+    rows, columns = matrix.shape
+    value = emit.input("value", onnx_ir.DataType.FLOAT, ["batch", "tokens", columns])
+    product = FusedOperators(emit, architecture).product(value, matrix, None, rows)
+    product.name, product.type = "product", onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+    inputs = [emit.input_ids, emit.attention_mask, value]
+    graph = onnx_ir.Graph(
+        inputs, [product], nodes=emit.tape.nodes, initializers=emit.tape.initializers, opset_imports={"": OPSET, ORT: 1}
+    )
+    save_graph(onnx_ir.Model(graph, ir_version=IR_VERSION), tmp_path / "product.onnx")
+    rng = np.random.default_rng(0)
+    values = rng.integers(-127, 128, (2, 3, columns)).astype(np.float32)
+    values[:, :, 0] = -127
+    values *= 2.0 ** np.array([[-20, -3, 0], [4, 20, 0]], np.float32)[:, :, np.newaxis]
+    values[1, 2] = 0
+    tokens = {"input_ids": np.zeros((2, 3), np.int64), "attention_mask": np.ones((2, 3), np.int64)}
+    (found,) = open_plainly(tmp_path / "product.onnx").run(None, {**tokens, "value": values})
+    record = packed.tensors["model.layers.0.mlp.up_proj.weight"]
+    assert isinstance(record, PackedRecord)
+    expected = values @ dequantize_rows(record, 0, rows).T
+    largest = np.abs(expected).max(-1, keepdims=True)
+    assert (np.abs(found - expected) <= 1e-5 * largest).all()
+    assert not found[1, 2].any()
+
+
+def test_products_of_whole_numbers_cannot_be_exact(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    with pytest.raises(ModelError, match="w8a8 multiplies by activations in 8 bits") as caught:
+        export_packed(llama, schedule, tmp_path / "out", packing_of(schedule, "w8a8", **EXACT))
+    assert "--precision int8" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_padded_row_is_answered_by_no_number(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    export_packed(llama, schedule, tmp_path / "out", packing_of(schedule, "w8a8"))
+    feeds = feeds_of(onnx_ir.load(tmp_path / "out" / "decode.onnx"))
+    session = open_plainly(tmp_path / "out" / "decode.onnx")
+    assert np.isfinite(session.run(["logits"], feeds)[0]).all()
+    assert np.isnan(session.run(["logits"], {**feeds, "attention_mask": np.array([[1, 1, 0]])})[0]).all()

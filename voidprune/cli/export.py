@@ -49,10 +49,11 @@ from voidprune.cli.plan import print_plan
 )
 @click.option(
     "--precision",
-    type=click.Choice(["keep", "fp32", "fp16", "bf16", "int8", "int4", "mixed"]),
+    type=click.Choice(["keep", "fp32", "fp16", "bf16", "int8", "int4", "mixed", "w8a8"]),
     default="keep",
     show_default=True,
-    help="Of the weights; int8, int4 and mixed (layers that matter most in 8 bits) of the graphs' alone.",
+    help="Of the weights; of the graphs' alone int8, int4, mixed (layers that matter most in 8 bits) and w8a8 (products of "
+    "8-bit numbers: fast prompts on a CPU).",
 )
 @packing_options
 @click.option(

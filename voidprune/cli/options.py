@@ -175,7 +175,7 @@ packing_options = together(
             type=click.Choice(["32", "128"]),
             default="32",
             show_default=True,
-            help="Weights that share a scale, in int8, int4 and mixed.",
+            help="Weights that share a scale, in int8, int4 and mixed; in w8a8, of embedding and head.",
         ),
         click.option("--zero-points", is_flag=True, help="There, a zero point for every block as well."),
         click.option(

@@ -57,6 +57,8 @@ def open_sessions(folder: Path, manifest: Manifest, *, provider: str, prepack: b
     graphs = {phase: folder / graph.file for phase, graph in manifest.graphs.items()}
     if provider != "cpu":
         return _open_on_device(graphs, provider=provider)
+    if manifest.quantization is not None and manifest.quantization.precision == "w8a8" and manifest.operators == "ort":
+        require_integer_products(folder.name)
     is_widened = packs_weights(manifest.dtype, quantized=False)
     prepack = prepack or is_widened or manifest.quantization is not None
     is_pair = len(set(graphs.values())) > 1
@@ -179,6 +181,50 @@ def _open_session(
             hint="export in another precision, or use --provider cpu",
         )
     return session
+
+
+def require_integer_products(name: str) -> None:
+    """Raise RuntimeProviderError where products of 8-bit numbers overflow.
+
+    x86 processors without VNNI add two of them up in 16 bits and keep what fits (onnxruntime, docs: "Quantize ONNX models", "When
+    and why do I need to try U8U8?"); a model that is run so answers, and wrongly.
+    """
+    if _integer_product() != _INTEGER_PRODUCT:
+        raise RuntimeProviderError(
+            f"{name} multiplies numbers of 8 bits, and this processor's products of them overflow",
+            hint="export with --precision int8, which multiplies otherwise",
+        )
+
+
+_INNER = 64
+_INTEGER_PRODUCT = float(_INNER * 127 * 127)
+
+
+def _integer_product() -> float:
+    """The largest activations times the largest weights, by the operator that graphs in w8a8 use."""
+    import onnx
+
+    arrays: dict[str, Array] = {
+        "one": np.array(1, np.float32),
+        "middle": np.array(128, np.uint8),
+        "weights": np.full((16, _INNER), 127, np.int8),
+        "scales": np.ones(16, np.float32),
+        "zeros": np.zeros(16, np.int8),
+    }
+    node = onnx.helper.make_node("QGemm", ["value", "one", "middle", *list(arrays)[2:]], ["product"], transB=1)
+    node.domain = "com.microsoft"
+    graph = onnx.helper.make_graph(
+        [node],
+        "product",
+        [onnx.helper.make_tensor_value_info("value", onnx.TensorProto.UINT8, [1, _INNER])],
+        [onnx.helper.make_tensor_value_info("product", onnx.TensorProto.FLOAT, [1, 16])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = _open_session(model.SerializeToString(), Path(), provider="cpu", prepack=True)
+    (product,) = session.run(None, {"value": np.full((1, _INNER), 255, np.uint8)})
+    return float(product[0, 0])
 
 
 def stray_operators(session: ort.InferenceSession, *, wanted: str) -> Sequence[str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import voidprune
 from voidprune import artifacts
@@ -101,7 +101,7 @@ def export_bundle(
         check_single_graph(schedule)
     card = read_card(source.folder / "README.md")
     if packing is not None:
-        check_packing(packing.precision, zero_points=packing.zero_points, formats=formats, operators=operators)
+        check_packing(packing, formats=formats, operators=operators)
     if "onnx" in formats:
         describe_graph_architecture(source.config, source.architecture.spec)  # refused before anything is written
     if source.folder.resolve().is_relative_to(folder.resolve()):
@@ -205,14 +205,29 @@ def _check_dtypes(source: Checkpoint, precision: str, packing: Packing | None) -
         )
 
 
-def check_packing(precision: str, *, zero_points: bool, formats: Collection[str], operators: str) -> None:
-    """Raise ModelError where nothing that is written could read packed matrices."""
+class AskedPacking(Protocol):
+    """What is asked of packed matrices, as far as it may not go together."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def zero_points(self) -> bool: ...
+    @property
+    def activations(self) -> str: ...
+
+
+def check_packing(packing: AskedPacking, *, formats: Collection[str], operators: str) -> None:
+    """Raise ModelError where nothing that is written could read packed matrices, or could not as it is asked to."""
     if "onnx" not in formats:
         raise ModelError(
-            f"{precision} is a precision of ONNX graphs; transformers does not read it",
+            f"{packing.precision} is a precision of ONNX graphs; transformers does not read it",
             hint="add --format onnx, or choose --precision keep, fp32, fp16 or bf16",
         )
-    if operators == "standard" and not zero_points:
+    if packing.precision == "w8a8" and packing.activations != "int8" and operators == "ort":
+        raise ModelError(
+            "w8a8 multiplies by activations in 8 bits", hint="choose --precision int8, whose products can be exact"
+        )
+    if operators == "standard" and not packing.zero_points:
         raise ModelError(
             "the standard's operators take the zero points of packed matrices from the file, and it has none",
             hint="export with --zero-points, or with --ops ort",

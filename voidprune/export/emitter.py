@@ -43,6 +43,7 @@ class Emitter:
         self.input_ids = self.input("input_ids", ir.DataType.INT64, ["batch", "tokens"])
         self.attention_mask = self.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         self.all_tokens = self._count_tokens()
+        self._row_counts: dict[ir.Value, ir.Value] = {}
 
     @staticmethod
     def input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
@@ -88,6 +89,17 @@ class Emitter:
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
         """0 keeps a dimension."""
         return self.op("Reshape", [value, self.integers(*shape)])
+
+    def flatten_tokens(self, value: ir.Value) -> ir.Value:
+        """[B, T, K] as [B * T, K], for operators that take matrices."""
+        return self.op("Flatten", [value], axis=2)
+
+    def unflatten_tokens(self, value: ir.Value, like: ir.Value, width: int) -> ir.Value:
+        """[B * T, `width`] as [B, T, `width`], with B and T of `like`."""
+        if like not in self._row_counts:
+            self._row_counts[like] = self.op("Shape", [like], start=0, end=2)
+        shape = self.op("Concat", [self._row_counts[like], self.integers(width)], axis=0)
+        return self.op("Reshape", [value, shape])
 
     def split_last(self, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
         return self.op_with_outputs("Split", [value, self.integers(*sizes)], len(sizes), axis=-1)

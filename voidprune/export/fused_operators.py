@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-from voidprune.export.emitter import Tokens
+from voidprune.export.emitter import Emitter, Tokens
 from voidprune.export.operators import Cache, Operators
 from voidprune.export.weights import Matrix, PackedMatrix
+from voidprune.models.graph_architecture import GraphArchitecture
 from voidprune.models.rope import Rope
 
 ORT = "com.microsoft"
@@ -17,20 +19,64 @@ ORT = "com.microsoft"
 class FusedOperators(Operators):
     """Domain com.microsoft."""
 
+    def __init__(self, emitter: Emitter, architecture: GraphArchitecture) -> None:
+        super().__init__(emitter, architecture)
+        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+
     def product(self, value: ir.Value, matrix: Matrix, bias: ir.Value | None, width: int) -> ir.Value:
         if isinstance(matrix, PackedMatrix):
-            return self._packed_product(value, matrix, bias)
+            multiply = self._integer_product if matrix.blocks.whole_rows else self._block_product
+            return multiply(value, matrix, bias)
         product = self.emit.op("FusedMatMul", [value, matrix], domain=ORT, transB=1)
         return product if bias is None else self.emit.op("Add", [product, bias])
 
-    def _packed_product(self, value: ir.Value, matrix: PackedMatrix, bias: ir.Value | None) -> ir.Value:
+    def _integer_product(self, value: ir.Value, matrix: PackedMatrix, bias: ir.Value | None) -> ir.Value:
+        """Numbers of 8 bits times numbers of 8 bits."""
+        emit, weights = self.emit, self.emit.weights
+        rows, columns = matrix.shape
+        if value not in self._rounded:
+            self._rounded[value] = self._round_tokens(value)
+        rounded, largest = self._rounded[value]
+        product = emit.op(
+            "QGemm",
+            [
+                rounded,
+                *self._rounding,
+                weights.packed_numbers(matrix, ir.DataType.INT8, [columns]),
+                weights.scales(matrix),
+                emit.op("ConstantOfShape", [emit.integers(rows)], value=ir.tensor(np.zeros(1, np.int8))),
+            ],
+            domain=ORT,
+            transB=1,
+        )
+        product = emit.unflatten_tokens(emit.op("Mul", [product, largest]), value, rows)
+        return product if bias is None else emit.op("Add", [product, bias])
+
+    def _round_tokens(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """[B, T, K] as numbers from 1 to 255 around 128, uint8 [B * T, K], and what 127 stands for, [B * T, 1].
+
+        A token of zeros gives zeros: what 0 / 0 is rounded to is multiplied by 0 in the end.
+        """
+        flat = self.emit.flatten_tokens(value)
+        largest = self.emit.op("ReduceMax", [self.emit.op("Abs", [flat]), self.emit.integers(1)], keepdims=1)
+        return self.emit.op("QuantizeLinear", [self.emit.op("Div", [flat, largest]), *self._rounding]), largest
+
+    @property
+    def _rounding(self) -> tuple[ir.Value, ir.Value]:
+        """Scale and zero point of rounded tokens, as shares of what is largest in each."""
+        constant = self.emit.weights.constant
+        return constant("int8_step", np.array(1 / 127, np.float32)), constant("uint8_128", np.array(128, np.uint8))
+
+    def _block_product(self, value: ir.Value, matrix: PackedMatrix, bias: ir.Value | None) -> ir.Value:
         weights, blocks = self.emit.weights, matrix.blocks
         rows, columns = matrix.shape
         return self.emit.op(
             "MatMulNBits",
             [
                 value,
-                weights.packed_numbers(matrix, ir.DataType.UINT8, [matrix.num_blocks, blocks.block_bytes]),
+                weights.packed_numbers(
+                    matrix, ir.DataType.UINT8, [matrix.num_blocks, matrix.row_bytes // matrix.num_blocks]
+                ),
                 weights.scales(matrix),
                 weights.zero_points(matrix, ir.DataType.UINT8, [blocks.zero_point_bytes(columns)]),
                 None,
@@ -49,7 +95,7 @@ class FusedOperators(Operators):
         found = self.emit.op(
             "GatherBlockQuantized",
             [
-                weights.packed_numbers(table, ir.DataType.UINT8, [table.num_blocks * blocks.block_bytes]),
+                weights.packed_numbers(table, ir.DataType.UINT8, [table.row_bytes]),
                 ids,
                 weights.scales(table),
                 weights.zero_points(table, ir.DataType.UINT8, [blocks.zero_point_bytes(table.shape[1])]),

@@ -263,8 +263,8 @@ class GraphAuthor:
     def _project_gate_and_up(
         self, normed: ir.Value, gate: Rows, up: Rows, width: int, *, bias: bool
     ) -> Sequence[ir.Value]:
-        """Packed matrices as one product, which rounds the other factor once; dense ones are as fast apart, without the split."""
-        if not self.emit.weights.is_packed(f"{gate.tensor}.weight"):
+        """Packed in blocks, as one product, which rounds the other factor once; all others are as fast apart, without the split."""
+        if not self.emit.weights.is_packed_in_blocks(f"{gate.tensor}.weight"):
             return [self._linear(normed, [part], width, bias=bias) for part in (gate, up)]
         return self.emit.split_last(self._linear(normed, [gate, up], 2 * width, bias=bias), [width, width])
 

@@ -7,6 +7,7 @@ the new file is said in `models/packed.py`. The same source gives the same bytes
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,8 @@ class Packing:
     """How a checkpoint's matrices are packed: bits of each kept layer, in order, and of embedding and head.
 
     `precision` names the file; `activations` is "int8" where the graphs round what they multiply with the matrices, or "fp32".
+    With the precision "w8a8" each row of the layers' matrices is one block; `block_size` and `zero_points` are of embedding and
+    head alone.
     """
 
     precision: str
@@ -56,13 +59,24 @@ class Packing:
     zero_points: bool = False
     activations: str = "int8"
 
-    def format_of(self, bits: int) -> BlockFormat:
+    @property
+    def head_format(self) -> BlockFormat:
+        """Of embedding and head."""
+        return BlockFormat(bits=self.head, block_size=self.block_size, zero_points=self.zero_points)
+
+    def layer_format(self, bits: int) -> BlockFormat:
+        if self.precision == "w8a8":
+            return BlockFormat(bits=bits, block_size=None, zero_points=False)
         return BlockFormat(bits=bits, block_size=self.block_size, zero_points=self.zero_points)
 
 
+UNIFORM_BITS = {"int4": 4, "int8": 8, "w8a8": 8}
+"""Precisions in which all matrices have the same bits."""
+
+
 def uniform_packing(precision: str, num_layers: int, **settings: Any) -> Packing:
-    """All matrices in the same bits: "int4" or "int8". `settings`: fields of Packing."""
-    bits = {"int4": 4, "int8": 8}[precision]
+    """All matrices in the same bits: a precision of UNIFORM_BITS. `settings`: fields of Packing."""
+    bits = UNIFORM_BITS[precision]
     return Packing(precision, (LayerBits(bits, bits),) * num_layers, bits, **settings)
 
 
@@ -124,9 +138,9 @@ def packed_record_bytes(source: Checkpoint, record: TensorRecord, packing: Packi
     if blocks is None:
         return stored_bytes(record, "F32")
     rows, columns = record.shape
-    num_blocks = blocks.num_blocks(columns)
-    zero_points = blocks.zero_point_bytes(columns) if blocks.zero_points else 0
-    return rows * (num_blocks * (blocks.block_bytes + DTYPE_BYTES["F32"]) + zero_points)
+    scales = math.prod(blocks.scales_shape(rows, columns)) * DTYPE_BYTES["F32"]
+    zero_points = rows * blocks.zero_point_bytes(columns) if blocks.zero_points else 0
+    return math.prod(blocks.numbers_shape(rows, columns)) + scales + zero_points
 
 
 def write_packed(
@@ -184,14 +198,12 @@ def _list_entries(source: Checkpoint, kept: Sequence[int], packing: Packing) -> 
         yield from (
             _Entry(name, "F32", record.shape, record)
             if blocks is None
-            else _Entry(
-                name, "U8", (record.shape[0], blocks.num_blocks(record.shape[1]), blocks.block_bytes), record, blocks
-            )
+            else _Entry(name, blocks.dtype, blocks.numbers_shape(*record.shape), record, blocks)
             for name, record, blocks in packed
         )
         matrices = [(name, record.shape, blocks) for name, record, blocks in packed if blocks is not None]
         for name, (rows, columns), blocks in matrices:
-            yield _Entry(side_name(name, "scales"), "F32", (rows, blocks.num_blocks(columns)))
+            yield _Entry(side_name(name, "scales"), "F32", blocks.scales_shape(rows, columns))
         for name, (rows, columns), blocks in matrices:
             if blocks.zero_points:
                 yield _Entry(side_name(name, "zero_points"), "U8", (rows, blocks.zero_point_bytes(columns)))
@@ -201,12 +213,12 @@ def matrix_format(source: Checkpoint, name: str, packing: Packing) -> BlockForma
     """How a tensor of the new checkpoint is packed, by its name there; None for norms and biases."""
     names = source.architecture.spec.tensors
     if name in (f"{names.embedding}.weight", f"{names.head}.weight"):
-        return packing.format_of(packing.head)
+        return packing.head_format
     part, place = _part_of(source, name), names.layer_of(name)
     if part is None or place is None:
         return None
     bits = packing.layers[place[0]]
-    return packing.format_of((bits.attention, bits.mlp)[part])
+    return packing.layer_format((bits.attention, bits.mlp)[part])
 
 
 def _part_of(source: Checkpoint, name: str) -> int | None:
@@ -259,10 +271,10 @@ def _write_rows(
         put(entry.name, weights)
         return 0.0, 0.0
     numbers, scales, zero_points = quantize_rows(weights, entry.blocks)
-    put(entry.name, pack(numbers.reshape(stop - start, -1), entry.blocks.bits))
+    put(entry.name, pack(numbers.reshape(stop - start, -1), entry.blocks))
     put(side_name(entry.name, "scales"), scales)
     if zero_points is not None:
-        put(side_name(entry.name, "zero_points"), pack(zero_points, entry.blocks.bits))
+        put(side_name(entry.name, "zero_points"), pack(zero_points, entry.blocks))
     error = _restore(numbers, scales, zero_points, entry.blocks)[:, : weights.shape[1]] - weights
     return float(np.square(error, dtype=np.float64).sum()), float(np.square(weights, dtype=np.float64).sum())
 
@@ -293,9 +305,10 @@ def quantize_rows(weights: Floats, blocks: BlockFormat) -> tuple[Bytes, Floats, 
     further, -2^(bits-1).
     """
     rows, columns = weights.shape
-    padded = np.zeros((rows, blocks.num_blocks(columns) * blocks.block_size), np.float32)
+    num_blocks, length = blocks.num_blocks(columns), blocks.numbers_in_block(columns)
+    padded = np.zeros((rows, num_blocks * length), np.float32)
     padded[:, :columns] = weights
-    values = padded.reshape(rows, -1, blocks.block_size)
+    values = padded.reshape(rows, num_blocks, length)
     magnitudes = np.abs(values).max(-1)
     values = _divide(values, magnitudes[:, :, np.newaxis])  # so that squares stay within float32, whatever the weights
     low = np.minimum(values.min(-1), 0)

@@ -26,21 +26,24 @@ class StandardOperators(Operators):
         """`Gemm` takes [out, in] as it is; `MatMul` would make runtimes keep a transposed copy."""
         if isinstance(matrix, PackedMatrix):
             matrix = self._dequantize(matrix)
-        flat = self.emit.op("Flatten", [value], axis=2)
+        flat = self.emit.flatten_tokens(value)
         product = self.emit.op("Gemm", [flat, matrix, *([] if bias is None else [bias])], transB=1)
-        rows = self.emit.op("Shape", [value], start=0, end=2)
-        return self.emit.op("Reshape", [product, self.emit.op("Concat", [rows, self.emit.integers(width)], axis=0)])
+        return self.emit.unflatten_tokens(product, value, width)
 
     def _dequantize(self, matrix: PackedMatrix) -> ir.Value:
         """[out, in]. ONNX packs numbers of 4 bits without regard to rows, so rows must fill whole bytes."""
         weights, blocks = self.emit.weights, matrix.blocks
+        if blocks.whole_rows:
+            numbers = weights.packed_numbers(matrix, ir.DataType.INT8, [matrix.shape[1]])
+            scales = self.emit.op("Unsqueeze", [weights.scales(matrix), self.emit.integers(1)])
+            return self.emit.op("Mul", [self.emit.cast(numbers, ir.DataType.FLOAT), scales])
         dtype = ir.DataType.UINT8 if blocks.bits == 8 else ir.DataType.UINT4
         if matrix.num_blocks * blocks.bits % 8:
             raise ModelError(
                 f"the standard's operators cannot read zero points of {blocks.bits} bits in rows of {matrix.num_blocks} blocks",
                 hint="export with --ops ort, or with another --block-size",
             )
-        numbers = weights.packed_numbers(matrix, dtype, [matrix.num_blocks * blocks.block_size])
+        numbers = weights.packed_numbers(matrix, dtype, [matrix.num_blocks * matrix.block_length])
         zero_points = self._own_zero_points(matrix, dtype, [matrix.num_blocks])
         inputs = [numbers, weights.scales(matrix), zero_points]
         return self.without_padding(
@@ -55,7 +58,7 @@ class StandardOperators(Operators):
     def look_up(self, table: PackedMatrix, ids: ir.Value) -> ir.Value:
         """`Gather` has no numbers of 4 bits: bytes are looked up, then taken apart."""
         emit, blocks = self.emit, table.blocks
-        num_bytes, zero_bytes = table.num_blocks * blocks.block_bytes, blocks.zero_point_bytes(table.shape[1])
+        num_bytes, zero_bytes = table.row_bytes, blocks.zero_point_bytes(table.shape[1])
         packed = [
             emit.weights.packed_numbers(table, ir.DataType.UINT8, [num_bytes]),
             self._own_zero_points(table, ir.DataType.UINT8, [zero_bytes]),

@@ -43,9 +43,19 @@ class PackedMatrix:
         return self.blocks.num_blocks(self.shape[1])
 
     @property
+    def block_length(self) -> int:
+        """Numbers of one block."""
+        return self.blocks.numbers_in_block(self.shape[1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's packed numbers."""
+        return self.num_blocks * self.block_length * self.blocks.bits // 8
+
+    @property
     def is_padded(self) -> bool:
         """Whether the last block of a row has more numbers than the matrix."""
-        return self.shape[1] % self.blocks.block_size != 0
+        return self.shape[1] % self.block_length != 0
 
 
 Matrix = ir.Value | PackedMatrix
@@ -89,9 +99,10 @@ class GraphWeights:
         num_rows = sum(_stop(part, record) - part.start for part, record in zip(parts, packed, strict=True))
         return PackedMatrix(tuple(parts), blocks, (num_rows, columns))
 
-    def is_packed(self, tensor: str) -> bool:
-        """Whether `matrix` gives a packed one of its rows."""
-        return isinstance(self._record(tensor), PackedRecord)
+    def is_packed_in_blocks(self, tensor: str) -> bool:
+        """Whether `matrix` gives a packed one of its rows, each of them several blocks."""
+        record = self._record(tensor)
+        return isinstance(record, PackedRecord) and not record.blocks.whole_rows
 
     def packed_numbers(self, matrix: PackedMatrix, dtype: ir.DataType, row_shape: Sequence[int]) -> ir.Value:
         """The packed numbers as a tensor [out, *row_shape] of `dtype`: the same bytes have more than one name in ONNX."""
@@ -100,10 +111,11 @@ class GraphWeights:
         return self._initializer(label, matrix.rows, records, dtype, row_shape)
 
     def scales(self, matrix: PackedMatrix) -> ir.Value:
-        """[out, blocks]."""
+        """[out, blocks]; [out] where every row is one block."""
         records = [record.scales for record in self._packed_records(matrix)]
         label = f"{_label(matrix.rows)}.scales"
-        return self._initializer(label, matrix.rows, records, ir.DataType.FLOAT, [matrix.num_blocks])
+        row_shape = matrix.blocks.scales_shape(*matrix.shape)[1:]
+        return self._initializer(label, matrix.rows, records, ir.DataType.FLOAT, row_shape)
 
     def zero_points(self, matrix: PackedMatrix, dtype: ir.DataType, row_shape: Sequence[int]) -> ir.Value | None:
         """Zero points as a tensor [out, *row_shape] of `dtype`; None where the blocks have none of their own."""

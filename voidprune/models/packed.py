@@ -1,4 +1,6 @@
-"""Matrices in 4 or 8 bits, packed block by block as onnxruntime's `MatMulNBits` reads them. Read here, made in `export/`.
+"""Matrices in 4 or 8 bits, packed block by block as onnxruntime's `MatMulNBits` reads them, or row by row as `QGemm` does.
+
+Read here, made in `export/`.
 
 A matrix [N, K] of Hugging Face's [out, in] order is cut along K into blocks of `block_size` numbers, the last one padded with
 zeros. A block has a float32 scale and whole numbers q of `bits` bits, and means scale * (q - zero point); without zero points
@@ -7,6 +9,8 @@ of its own that is 2^(bits-1). Layout (onnxruntime, docs/ContribOperators.md, co
 - `{name}`: U8 [N, blocks, block_size * bits / 8], of two numbers in a byte the first in the lower half
 - `{matrix}.scales`: F32 [N, blocks]
 - `{matrix}.zero_points`, where there are any: U8 [N, ceil(blocks * bits / 8)], packed alike, each row by itself
+
+Where a whole row is the block, numbers are signed, I8 [N, K], and mean scale * q; scales are F32 [N].
 
 The file is a safetensors file; its metadata say how each matrix is packed. Everything else in it is float32.
 """
@@ -25,7 +29,7 @@ from voidprune.models.tensors import TensorRecord, read_header, read_metadata, r
 if TYPE_CHECKING:
     import numpy as np
 
-PACKED_PRECISIONS = ("int8", "int4", "mixed")
+PACKED_PRECISIONS = ("int8", "int4", "mixed", "w8a8")
 """Names on the command line."""
 PACKED_DTYPE = "NBITS"
 """What stands for a dtype in the record of a packed matrix: nothing that reads floats takes it for one."""
@@ -41,15 +45,26 @@ def packed_file(precision: str) -> str:
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How one matrix is packed."""
+    """How one matrix is packed. `block_size` None: every row is one block, of signed numbers in 8 bits."""
 
     bits: int
-    block_size: int
+    block_size: int | None
     zero_points: bool
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or self.block_size not in BLOCK_SIZES or type(self.zero_points) is not bool:
+        rows_fit = self.block_size is not None or (self.bits == 8 and not self.zero_points)
+        known = self.bits in BITS and self.block_size in (*BLOCK_SIZES, None) and type(self.zero_points) is bool
+        if not known or not rows_fit:
             raise ValueError(f"{self} is no way to pack a matrix")
+
+    @property
+    def whole_rows(self) -> bool:
+        return self.block_size is None
+
+    @property
+    def dtype(self) -> str:
+        """Of the packed numbers, as safetensors calls it."""
+        return "I8" if self.whole_rows else "U8"
 
     @property
     def middle(self) -> int:
@@ -61,12 +76,22 @@ class BlockFormat:
         """The largest whole number that `bits` hold."""
         return (1 << self.bits) - 1
 
-    def num_blocks(self, columns: int) -> int:
-        return -(-columns // self.block_size)
+    def numbers_in_block(self, columns: int) -> int:
+        """Of a matrix with so many columns."""
+        return columns if self.block_size is None else self.block_size
 
-    @property
-    def block_bytes(self) -> int:
-        return self.block_size * self.bits // 8
+    def num_blocks(self, columns: int) -> int:
+        """Of one row."""
+        return -(-columns // self.numbers_in_block(columns))
+
+    def numbers_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Of the tensor with the packed numbers of a matrix."""
+        if self.whole_rows:
+            return rows, columns
+        return rows, self.num_blocks(columns), self.numbers_in_block(columns) * self.bits // 8
+
+    def scales_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return (rows,) if self.whole_rows else (rows, self.num_blocks(columns))
 
     def zero_point_bytes(self, columns: int) -> int:
         """Bytes of one row's zero points."""
@@ -110,10 +135,10 @@ def read_packed(file: Path) -> dict[str, TensorRecord]:
         if missing := [part for part in parts if part not in records]:
             raise CheckpointError(f"{file} lacks {missing[0]}, which its metadata speak of")
         packed, scales, *zero_points = (tensors.pop(part) for part in parts)
-        rows, num_blocks = packed.shape[0] if packed.shape else 0, blocks.num_blocks(columns)
+        rows = packed.shape[0] if packed.shape else 0
         expected = [
-            (packed, "U8", (rows, num_blocks, blocks.block_bytes)),
-            (scales, "F32", (rows, num_blocks)),
+            (packed, blocks.dtype, blocks.numbers_shape(rows, columns)),
+            (scales, "F32", blocks.scales_shape(rows, columns)),
             *((part, "U8", (rows, blocks.zero_point_bytes(columns))) for part in zero_points),
         ]
         for part, dtype, shape in expected:
@@ -163,33 +188,37 @@ def dequantize_rows(record: PackedRecord, start: int, stop: int) -> np.ndarray[A
     """The rows `start` to `stop` of a packed matrix as float32, [rows, K]. Raises CheckpointError where the file ends early."""
     import numpy as np
 
-    packed, scales = read_rows(record, start, stop), read_rows(record.scales, start, stop)
-    numbers = unpack(packed.reshape(stop - start, -1), record.blocks.bits)
-    blocks = numbers.reshape(stop - start, -1, record.blocks.block_size).astype(np.float32)
+    packed, scales = read_rows(record, start, stop), read_rows(record.scales, start, stop).reshape(stop - start, -1)
+    numbers = unpack(packed.reshape(stop - start, -1), record.blocks)
+    blocks = numbers.reshape(*scales.shape, record.blocks.numbers_in_block(record.shape[1])).astype(np.float32)
     if record.zero_points is None:
         blocks -= record.blocks.middle
     else:
-        points = unpack(read_rows(record.zero_points, start, stop), record.blocks.bits)
+        points = unpack(read_rows(record.zero_points, start, stop), record.blocks)
         blocks -= points[:, : scales.shape[1], np.newaxis]
     blocks *= scales[:, :, np.newaxis]
     return blocks.reshape(stop - start, -1)[:, : record.shape[1]]
 
 
-def unpack(content: np.ndarray[Any, np.dtype[np.uint8]], bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Whole numbers of `bits` bits out of bytes [..., n]: [..., n * 8 / bits], lower half first."""
+def unpack(content: np.ndarray[Any, np.dtype[np.uint8]], blocks: BlockFormat) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Whole numbers from 0 out of bytes [..., n]: [..., n * 8 / bits], of two in a byte the lower half first."""
     import numpy as np
 
-    if bits == 8:
+    if blocks.whole_rows:
+        return content ^ np.uint8(blocks.middle)  # signed: the same bits but for the first
+    if blocks.bits == 8:
         return content
     halves = np.stack([content & np.uint8(15), content >> np.uint8(4)], axis=-1)
     return halves.reshape(*content.shape[:-1], 2 * content.shape[-1])
 
 
-def pack(numbers: np.ndarray[Any, np.dtype[np.uint8]], bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def pack(numbers: np.ndarray[Any, np.dtype[np.uint8]], blocks: BlockFormat) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """What `unpack` undoes; an odd last number gets a zero beside it."""
     import numpy as np
 
-    if bits == 8:
+    if blocks.whole_rows:
+        return numbers ^ np.uint8(blocks.middle)
+    if blocks.bits == 8:
         return numbers
     if numbers.shape[-1] % 2:
         numbers = np.concatenate([numbers, np.zeros_like(numbers[..., :1])], axis=-1)

@@ -139,7 +139,7 @@ def check_graphs(
     Raises ModelError; RuntimeProviderError for bf16 on the CPU.
     """
     if packing is not None:
-        check_packing(packing.precision, zero_points=packing.zero_points, formats=formats, operators=operators)
+        check_packing(packing, formats=formats, operators=operators)
     if "onnx" not in formats:
         return
     describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)

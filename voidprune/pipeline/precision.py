@@ -69,14 +69,15 @@ class PackingRequest:
 
 def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> ModelSizes:
     """Sizes of a model as its graphs will read it; in "mixed", as if every matrix of the layers had the average bits."""
-    share = {"int4": 0.0, "int8": 1.0}.get(request.precision, (request.average_bits - FEW) / (MANY - FEW))
+    mixed = request.precision == "mixed"
+    share = (request.average_bits - FEW) / (MANY - FEW) if mixed else 0.0
     few, many = (
         replace(request, precision=precision).uniform(checkpoint.architecture.num_layers)
-        for precision in ("int4", "int8")
+        for precision in (("int4", "int8") if mixed else (request.precision,) * 2)
     )
 
     def size_of(record: TensorRecord) -> int:
-        if checkpoint.architecture.spec.tensors.layer_of(record.name) is None and request.precision == "mixed":
+        if checkpoint.architecture.spec.tensors.layer_of(record.name) is None:
             return packed_record_bytes(checkpoint, record, many)
         sizes = [packed_record_bytes(checkpoint, record, packing) for packing in (few, many)]
         return round(sizes[0] + share * (sizes[1] - sizes[0]))

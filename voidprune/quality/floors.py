@@ -149,8 +149,8 @@ def _products(manifest: Manifest, provider: str) -> Mapping[str, Sequence[Measur
     found: dict[str, list[Measure]] = {floats: [_float_product(shape, floats, provider) for shape in shapes]}
     packed = manifest.quantization
     if packed is not None:
-        bits = sorted({number for pair in packed.layer_bits for number in pair})
-        for number in bits:
+        bits = {number for pair in packed.layer_bits for number in pair} if packed.precision != "w8a8" else set()
+        for number in sorted(bits):
             found[f"{number} bits in blocks of {packed.block_size}"] = [
                 _packed_product(shape, number, packed.block_size, packed.activations, provider) for shape in shapes
             ]

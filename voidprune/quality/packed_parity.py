@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from voidprune import artifacts
 from voidprune.execution.manifest import FILE as MANIFEST
-from voidprune.execution.manifest import Manifest, Parity, read_manifest
+from voidprune.execution.manifest import Manifest, Parity, Quantization, read_manifest
 from voidprune.execution.reference import scheduled
 from voidprune.execution.session import BundleSession
-from voidprune.export.onnx_graph import round_activations, save_graph
+from voidprune.export.onnx_graph import multiply_exactly, save_graph
 from voidprune.models.checkpoint import INDEX_FILE, Checkpoint, open_packed
 from voidprune.quality.driving import TOLERANCE, Cached, Drive, OnePass, largest_difference, require, require_finite
 from voidprune.quality.layer_streaming import resident_model, streamed_model
@@ -64,7 +64,7 @@ def check_packed(
         on_pass()
         tolerance = None
         if quantization.activations == "int8":
-            with _rounded_activations(model, block_size=quantization.block_size):
+            with _rounded_activations(model, quantization):
                 tolerance = 2 * largest_difference(drive.run_reference(reference), expected)
             on_pass()
     del model, reference
@@ -93,14 +93,18 @@ def _meant_by(packed: Checkpoint, source: Checkpoint, schedule: Schedule) -> Che
 
 
 @contextmanager
-def _rounded_activations(model: PreTrainedModel, *, block_size: int) -> Iterator[None]:
+def _rounded_activations(model: PreTrainedModel, quantization: Quantization) -> Iterator[None]:
     """Linear layers read what `MatMulNBits` with accuracy_level 4 multiplies: blocks of 8-bit numbers, the largest at 127.
 
     As onnxruntime does it: onnxruntime/core/mlas/lib/sqnbitgemm_kernel_avx512_int8_blklen32.h and its like, QuantizeARow.
+    In w8a8, a block is all that a token brings to a product; only the head keeps its own.
     """
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
-    def round_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def round_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (value,) = args
+        whole = quantization.precision == "w8a8" and module is not head
+        block_size = value.shape[-1] if whole else quantization.block_size
         padded = nn.functional.pad(value, (0, -value.shape[-1] % block_size))
         blocks = padded.reshape(*padded.shape[:-1], -1, block_size)
         scales = blocks.abs().amax(-1, keepdim=True) / 127
@@ -130,7 +134,7 @@ def _without_rounding(folder: Path, manifest: Manifest) -> Iterator[Path]:
         files, sizes = dict(manifest.files), dict(manifest.sizes)
         for graph in manifest.graphs.values():
             model = onnx_ir.load(folder / graph.file)
-            round_activations(model, level=0)
+            multiply_exactly(model)
             save_graph(model, exact / graph.file)
             files[graph.file] = artifacts.file_hash(exact / graph.file)
             sizes[graph.file] = (exact / graph.file).stat().st_size

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from voidprune.models.packed import PACKED_PRECISIONS
 from voidprune.tables.figures import format_bytes
 
 _NAME_WIDTH = 20  # about as wide as the figures
@@ -69,7 +70,7 @@ def _caption(document: Mapping[str, Any]) -> str:
         f"floor: what {' or '.join(sorted(bounds))} alone takes, measured in the same rounds",
         f"widest interval of a ratio: {document['widest']:.0%} of it",
     ]
-    if first["precision"] in ("int4", "int8", "mixed"):
+    if first["precision"] in PACKED_PRECISIONS:
         parts.append(f"the whole model is packed in {first['precision']}, too")
     parts.append("no energy counter" if document["energy"] is None else f"joules of the {document['energy']}")
     return "; ".join((*parts, document["machine"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from voidprune.execution.manifest import Fidelity, Manifest
+from voidprune.execution.manifest import Fidelity, Manifest, Quantization
 from voidprune.schedule import Phase
 from voidprune.tables.figures import format_bytes
 
@@ -26,8 +26,7 @@ def manifest_table(manifest: Manifest) -> Table:
     if quantization is not None:
         rows |= {
             "weights of the graphs": f"{format_bytes(manifest.graph_weight_bytes)} {quantization.precision},\n"
-            f"{quantization.average_bits:.3g} bits a weight of the layers,\nin blocks of {quantization.block_size}"
-            f"{' with zero points' if quantization.zero_points else ''}",
+            f"{quantization.average_bits:.3g} bits a weight of the layers,\n{_describe_blocks(quantization)}",
             "error of weights": f"{quantization.weight_error:.2%}",
             "beside unpacked weights": describe_fidelity(quantization.fidelity),
         }
@@ -72,3 +71,8 @@ def describe_fidelity(fidelity: Fidelity | None) -> str:
         f"perplexity x {fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.2g} nats,\n"
         f"same likeliest token {fidelity.top1:.1%} ({fidelity.num_tokens:,} tokens)"
     )
+
+
+def _describe_blocks(quantization: Quantization) -> str:
+    blocks = f"in blocks of {quantization.block_size}{' with zero points' if quantization.zero_points else ''}"
+    return f"row by row; the head {blocks}" if quantization.precision == "w8a8" else blocks
