@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.healing.students import load_student, make_samples, split_schedule
+from tests.several_processes import environment, launcher
 from tests.tiny_models import TinyModel, build_model
 from voidprune.errors import ArtifactError, DatasetError, HealingError, MissingExtraError
 from voidprune.execution.reference import scheduled
@@ -159,19 +159,25 @@ def report(measurement):
         os.kill(os.getpid(), signal.SIGKILL)
 
 done = run(TinyModel("llama", Path({model!r})), Path({folder!r}), report=report)
+from accelerate import PartialState
 from safetensors.torch import save_file
+state = PartialState()
+(Path({folder!r}) / f"process {{state.process_index}} of {{state.num_processes}}").touch()
 if os.environ.get("RANK", "0") == "0":
     save_file(dict(done.state), {folder!r} + "/healed.safetensors")
 """
 
 
-def start(source: TinyModel, folder: Path, *launcher: str, kill: bool = False) -> subprocess.CompletedProcess[str]:
+def start(source: TinyModel, folder: Path, *launching: str, kill: bool = False) -> subprocess.CompletedProcess[str]:
     script = folder.with_suffix(".py")
     script.write_text(SCRIPT.format(kill=kill, model=str(source.folder), folder=str(folder)))
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *launching, str(script)],
+        env=environment(PYTHONPATH=str(root)),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -192,11 +198,11 @@ def test_process_that_was_killed(llama: TinyModel, tmp_path: Path) -> None:
 def test_two_processes_train_what_one_trains(llama: TinyModel, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no")
     (tmp_path / "two").mkdir()
     load_student(llama, split_schedule(llama), tmp_path / "two" / "slim")  # or both would write it
-    done = start(llama, tmp_path / "two", *launcher)
+    done = start(llama, tmp_path / "two", *launcher())
     assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "two").glob("process *")} == {"process 0 of 2", "process 1 of 2"}
     found = load_file(tmp_path / "two" / "healed.safetensors")
     plain = run(llama, tmp_path / "plain")
     assert found.keys() == plain.state.keys()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import GetModel
+from tests.several_processes import environment, launcher
 from tests.tiny_models import build_model
 from voidprune import artifacts
 from voidprune.errors import DatasetError, HealingError, MissingExtraError, OutputError, ScheduleError
@@ -306,7 +306,7 @@ def report(measurement):
 
 distilled(read_schedule(Path("schedule.json")), Path("out"), "linear", "distill", report=report)
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = environment(PYTHONPATH=str(Path(__file__).parents[2]))
 
 
 def write_schedule(schedule: Schedule, path: Path) -> None:
@@ -374,13 +374,12 @@ def test_several_processes_train_and_one_writes(schedule: Schedule, tmp_path: Pa
     rows = task_rows("demo", num_items=12, split="training")
     items = [{"prompt": row.messages[0]["content"], "response": row.response} for row in rows]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    launcher = "-m accelerate.commands.launch --cpu --num_processes 2 --mixed_precision no"
     command = (
-        f"{launcher} -m voidprune heal demo --schedule schedule.json -o out --method distill --dataset items.jsonl --steps 12 "
+        "-m voidprune heal demo --schedule schedule.json -o out --method distill --dataset items.jsonl --steps 12 "
         "--responses dataset --evaluate-every 4 --heal-batch-size 8 --rank 8 --learning-rate 1e-3 --device cpu --json"
     )
     done = subprocess.run(
-        [sys.executable, *command.split()], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, *launcher(), *command.split()], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
