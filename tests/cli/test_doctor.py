@@ -12,6 +12,8 @@ import pytest
 from tests.test_cli import invoke
 from voidprune.doctor import collection
 
+pytestmark = pytest.mark.usefixtures("patient_doctor")
+
 
 def test_every_finding_is_a_line_and_what_mends_it(tmp_path: Path) -> None:
     result = invoke("doctor", "demo", "-o", tmp_path)

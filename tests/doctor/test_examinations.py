@@ -35,7 +35,7 @@ def test_the_runtime_describes_its_own_files() -> None:
 
 def test_the_cpu_provider_runs_a_graph() -> None:
     """In a process of its own, as always: the threads of onnxruntime are those of the process, and tests here have theirs."""
-    found = run_examination("provider", "CPUExecutionProvider", timeout=300)
+    found = run_examination("provider", "CPUExecutionProvider", timeout=3600)
     assert found == {"got": ["CPUExecutionProvider"]}
 
 
