@@ -108,7 +108,9 @@ def test_weights_are_laid_out_once_for_both_phases_or_stay_in_their_file(
         assert 0.7 < grown("packed") < 1.3
     else:  # no kernel runs on bits that are not laid out
         assert weights > 10_000_000
-        assert grown("packed") < 1.3 * grown("decode alone")
+        alone = grown("decode alone")
+        assert alone > 1
+        assert grown("packed") - alone < 0.5, "laid out twice, it would be once more"
 
 
 @pytest.mark.usefixtures("bundle")

