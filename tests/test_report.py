@@ -243,7 +243,7 @@ def look(page: Path, profile: Path, *, width: int, dark: bool = False) -> dict[s
     flags = [*FLAGS, "--allow-file-access-from-files", f"--user-data-dir={profile}", "--window-size=1400,900"]
     flags += ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
     finished = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [CHROMIUM, *flags, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=900, check=True
     )
     assert "CONSOLE" not in finished.stderr, finished.stderr
     found = re.search(r'data-measured="([^"]*)"', finished.stdout)
