@@ -175,16 +175,16 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(document).encode())
 
     def answer(self, status: int, headers: dict[str, str], content: bytes, *, sent: int | None = None) -> None:
+        body = content[:sent] if self.command != "HEAD" else b""
+        if self.path.endswith(".safetensors"):
+            with self.hub.lock:  # before the client hears of it: it may ask at once how much was sent
+                self.hub.weight_bytes_sent += len(body)
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        body = content[:sent]
-        if self.path.endswith(".safetensors"):
-            with self.hub.lock:
-                self.hub.weight_bytes_sent += len(body)
         try:
             self.wfile.write(body)
         except OSError:  # the other side has read enough
@@ -195,6 +195,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64  # of the usual 5, a client with more connections may wait for seconds
 
     def handle_error(self, *_: Any) -> None:
         """Clients break connections off on purpose here."""
