@@ -51,7 +51,8 @@ def test_an_export_is_made_again_as_it_was(changes: dict[str, object], expected:
         changes = {**changes, "sizes": {**MANIFEST.sizes, quantization.file: 1}}
     options = export_options(replace(MANIFEST, **changes))  # type: ignore[arg-type]
     assert options.startswith(expected)
-    parent = click.Context(main, info_name="voidprune")
+    # With the settings of its parent: a command keeps the first help option that it makes, for all tests behind this one.
+    parent = click.Context(main, info_name="voidprune", **main.context_settings)
     main.commands["export"].make_context(
         "export", ["MODEL", "--keep", "0.5", "-o", "slim", *shlex.split(options)], parent=parent
     )
