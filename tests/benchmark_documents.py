@@ -65,6 +65,8 @@ def benchmark_document(
 
     return {
         "schema": artifacts.schema_key("benchmark", 2),
+        "model": "tiny",
+        "model_fingerprint": "sha256:abc",
         **Benchmark(
             timings=(timing("whole model", 1.0), timing(name, ratio)),
             prompt_length=length,

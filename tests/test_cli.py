@@ -137,6 +137,8 @@ def test_eval_bench_and_report(results: Path, tmp_path: Path) -> None:
     assert document["runners"][1]["accuracy"] == document["runners"][2]["accuracy"]
     assert document["num_items"] == 12
     assert document["schedule_hash"] == artifacts.file_hash(results / "schedule.json")
+    schedule = json.loads((results / "schedule.json").read_bytes())
+    assert document["model_fingerprint"] == schedule["model"]["fingerprint"], "of the whole model, not of the bundle"
     assert document["runners"][0]["against_whole"] is None
     assert document["runners"][2]["against_whole"]["agreement"]["top1"]["value"] < 1
     shown = CliRunner().invoke(main, ["show", str(tmp_path / "evaluation.json")], env={"COLUMNS": "80"})

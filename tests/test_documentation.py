@@ -222,7 +222,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     documents = [json.loads(file.read_bytes()) for file in (*files.values(), folder / "job" / "steps.json")]
     documents.append(json.loads((folder / "slim" / "voidprune.json").read_bytes()))
     documents.append(diagnose(CPU_MACHINE).to_document())
-    documents.append(HarnessReport("demo", None, {}, {}, {}, "0").to_document())
+    documents.append(HarnessReport("demo", "sha256:0", None, {}, {}, {}, "0").to_document())
     return {"folder": folder, **{document["schema"]: document for document in documents}}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.documents import HOSTILE, fill_folder, probe, write_results
+from tests.report.documents import HOSTILE, adaptive, benchmark, fill_folder, harness, probe, write_results
 from tests.report.test_findings import evaluation
 from tests.test_plots import make_comparison
 from voidprune import artifacts
@@ -299,9 +299,13 @@ def fill_folder_with_layers(folder: Path, num_layers: int) -> None:
     schedule = make_schedule(profile)
     write_schedule(folder / "schedule.json", schedule, overwrite=True)
     model = {"model": profile.model.to_document()}
+    fingerprint = {"model_fingerprint": profile.model.fingerprint}
     write_results(
         folder,
         comparison={**make_comparison(), **model},
         probe={**probe(num_layers=num_layers), **model},
-        evaluation={**evaluation(), "schedule_hash": schedule_hash(schedule)},
+        evaluation={**evaluation(), "schedule_hash": schedule_hash(schedule), **fingerprint},
+        benchmark={**benchmark(), **fingerprint},
+        harness={**harness(), **fingerprint},
+        adaptive={**adaptive(), **fingerprint},
     )

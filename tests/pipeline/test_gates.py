@@ -24,7 +24,7 @@ def report(*, onnx: Sequence[bool] = (True, False, True, True), nll: float = 2.0
         REFERENCE: evaluation((True,) * 4, 2.0),
         ONNX: evaluation(onnx, nll),
     }
-    return EvaluationReport("tiny", "data", 4, 64, evaluations)
+    return EvaluationReport("tiny", "sha256:0", "data", 4, 64, evaluations)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_schedule_and_bundle_beside_the_whole_model(tasks: Path, bundle: Path) -
     assert whole["vp_rolling"].metrics != pytest.approx(onnx["vp_rolling"].metrics, abs=1e-3)
     assert set(found.scores) == {"vp_choice", "vp_generate"}
     document = found.to_document()
+    assert document["model_fingerprint"] == open_model("demo").identity.fingerprint, "of the whole model"
     metric = document["runners"][2]["tasks"]["vp_choice"]["metrics"]["acc,none"]
     assert set(metric) == {"value", "interval", "against_whole"}
     assert metric["interval"][0] <= metric["value"] <= metric["interval"][1]

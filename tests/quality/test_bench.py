@@ -61,6 +61,8 @@ def test_two_bundles_side_by_side(pruned_folder: Path) -> None:
     assert {name: document[name] for name in sizes} == sizes
     assert (document["prompt_length"], document["context_length"], document["batch_size"]) == (8, 4, 1)
     assert document["clocks"] is None
+    identity = open_model("demo").identity
+    assert (document["model"], document["model_fingerprint"]) == (identity.name, identity.fingerprint)
 
 
 def test_a_run_that_says_nothing_is_refused(pruned_folder: Path) -> None:

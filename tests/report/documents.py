@@ -94,6 +94,7 @@ def harness() -> artifacts.Document:
     return {
         "schema": "voidprune.harness/1",
         "model": "tiny",
+        "model_fingerprint": "sha256:abc",
         "schedule_hash": None,
         "settings": {},
         "runners": [runner("whole model", 0.75), runner("onnx", 0.5)],

@@ -21,6 +21,7 @@ from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.intervals import schedule_cuts
 from voidprune.planning.planner import plan_schedule
 from voidprune.profiling.profile import read_profile, write_profile
+from voidprune.report.caveats import find_caveats
 from voidprune.report.findings import collect_findings, describe
 from voidprune.schedule import full_schedule, write_schedule
 from voidprune.tables import cuts_table
@@ -61,6 +62,7 @@ def evaluation() -> artifacts.Document:
         "schedule_hash": "sha256:0",
         "intervals": {"confidence": 0.95, "num_resamples": 2000, "seed": 0},
         "model": "tiny",
+        "model_fingerprint": "sha256:abc",
         "max_new_tokens": 64,
         "written_by": "voidprune",
         "dataset": "<demo>",
@@ -143,7 +145,9 @@ def test_of_several_bundles_the_one_with_graphs_is_shown(tmp_path: Path) -> None
     assert [name for name, _ in alone.files] == ["voidprune.json"]
 
 
-@pytest.mark.parametrize("kind", ["comparison", "probe", "export"])
+@pytest.mark.parametrize(
+    "kind", ["comparison", "probe", "export", "evaluation", "harness", "benchmark", "adaptive-evaluation"]
+)
 def test_results_of_two_models_are_not_put_on_one_page(tmp_path: Path, kind: str) -> None:
     from tests.report.documents import fill_folder
 
@@ -154,8 +158,30 @@ def test_results_of_two_models_are_not_put_on_one_page(tmp_path: Path, kind: str
         manifest = replace(MANIFEST, schedule=replace(MANIFEST.schedule, model=other))
         artifacts.write_file(tmp_path / "slim" / "voidprune.json", artifacts.canonical_bytes(manifest.to_document()))
     else:
-        file = tmp_path / f"{kind}.json"
-        document = {**json.loads(file.read_bytes()), "model": other.to_document()}
+        file = tmp_path / f"{kind.removesuffix('-evaluation')}.json"
+        document = json.loads(file.read_bytes())
+        if kind in ("comparison", "probe"):
+            document["model"] = other.to_document()
+        else:
+            document |= {"model": other.name, "model_fingerprint": other.fingerprint}
         artifacts.write_file(file, artifacts.canonical_bytes(document), overwrite=True)
     with pytest.raises(ArtifactError, match=f"two models: the schedule is of tiny .*, the {kind} of another"):
         collect_findings(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "harness", "benchmark"])
+def test_models_are_told_by_fingerprint_not_by_name(tmp_path: Path, kind: str) -> None:
+    """A bundle has the name of its folder; and older files say no more than that."""
+    from tests.report.documents import fill_folder
+
+    fill_folder(tmp_path)
+    file = tmp_path / f"{kind}.json"
+    document = {**json.loads(file.read_bytes()), "model": "a folder"}
+    artifacts.write_file(file, artifacts.canonical_bytes(document), overwrite=True)
+    assert not any("which model" in caveat for caveat in find_caveats(collect_findings(tmp_path)))
+    del document["model_fingerprint"]
+    artifacts.write_file(file, artifacts.canonical_bytes(document), overwrite=True)
+    caveats = [caveat for caveat in find_caveats(collect_findings(tmp_path)) if "which model" in caveat]
+    what = "lm_eval run" if kind == "harness" else kind
+    assert len(caveats) == 1
+    assert caveats[0].startswith(f"The {what} does not say which model it is of")

@@ -77,7 +77,13 @@ def benchmark_bundle(
             f"the interval of a ratio is {benchmark.widest:.0%} of the ratio over {num_rounds} rounds; "
             f"{max_spread:.0%} is allowed"
         )
-    return {"schema": artifacts.schema_key("benchmark", 2), **benchmark.to_document()}
+    identity = manifest.schedule.model
+    return {
+        "schema": artifacts.schema_key("benchmark", 2),
+        "model": identity.name,
+        "model_fingerprint": identity.fingerprint,
+        **benchmark.to_document(),
+    }
 
 
 def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned: Manifest, *, provider: str) -> None:

@@ -15,7 +15,7 @@ from voidprune.execution.session import BundleSession
 from voidprune.healing.training_data import check_disjoint
 from voidprune.models.checkpoint import Checkpoint, open_packed, precision_name
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
-from voidprune.pipeline.models import default_provider, open_model
+from voidprune.pipeline.models import default_provider, open_model, whole_identity
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.profiling.calibration import Row, Sample, encode_rows
 from voidprune.quality.agreement import Agreement, OpenRunner, measure_agreement
@@ -32,11 +32,13 @@ WHOLE, REFERENCE, ONNX = "whole model", "reference", "onnx"
 class EvaluationReport:
     """Evaluations of several runners on the same items, by name: WHOLE, REFERENCE, ONNX, in this order, as far as they are there.
 
-    `schedule` is None where only the whole model ran. `agreements` are with the whole model, by the name of the other runner.
-    `different` counts the responses that the reference and the ONNX bundle give differently; None where there is no bundle.
+    `model_fingerprint` is that of the whole model: see `schedule.ModelIdentity`. `schedule` is None where only that ran.
+    `agreements` are with the whole model, by the name of the other runner. `different` counts the
+    responses that the reference and the ONNX bundle give differently; None where there is no bundle.
     """
 
     model: str
+    model_fingerprint: str
     dataset: str
     num_items: int
     max_new_tokens: int
@@ -70,6 +72,7 @@ class EvaluationReport:
         return {
             "schema": artifacts.schema_key("evaluation", 2),
             "model": self.model,
+            "model_fingerprint": self.model_fingerprint,
             "dataset": self.dataset,
             "num_items": self.num_items,
             "schedule_hash": None if self.schedule is None else schedule_hash(self.schedule),
@@ -161,6 +164,7 @@ def evaluate_checkpoint(
             agreements = measure_agreement(whole, others, samples, batch_size=batch_size, on_progress=advance)
     return EvaluationReport(
         model=checkpoint.name,
+        model_fingerprint=whole_identity(checkpoint).fingerprint,
         dataset=dataset,
         num_items=len(rows),
         max_new_tokens=max_new_tokens,

@@ -15,7 +15,7 @@ from voidprune import artifacts
 from voidprune.errors import DatasetError, MissingExtraError
 from voidprune.models.pretrained import end_tokens, load_tokenizer
 from voidprune.pipeline.evaluation import WHOLE, open_runners
-from voidprune.pipeline.models import open_model
+from voidprune.pipeline.models import open_model, whole_identity
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.quality.statistics import (
     Estimate,
@@ -49,9 +49,13 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class HarnessReport:
-    """Results by runner and task, whole model first. `num_cut` requests of each had their context cut on the left to fit."""
+    """Results by runner and task, whole model first. `num_cut` requests of each had their context cut on the left to fit.
+
+    `model_fingerprint` is that of the whole model: see `schedule.ModelIdentity`.
+    """
 
     model: str
+    model_fingerprint: str
     schedule: Schedule | None
     settings: Mapping[str, Any]
     results: Mapping[str, Mapping[str, TaskResult]]
@@ -76,6 +80,7 @@ class HarnessReport:
         return {
             "schema": artifacts.schema_key("harness", 1),
             "model": self.model,
+            "model_fingerprint": self.model_fingerprint,
             "schedule_hash": None if self.schedule is None else schedule_hash(self.schedule),
             "settings": dict(self.settings),
             "runners": [
@@ -194,6 +199,7 @@ def run_harness(
         num_cut[label] = model.num_cut
     return HarnessReport(
         model=checkpoint.name,
+        model_fingerprint=whole_identity(checkpoint).fingerprint,
         schedule=judged_schedule,
         settings={
             "tasks": list(tasks),

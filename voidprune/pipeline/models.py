@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from voidprune.execution.manifest import is_bundle, read_manifest
 from voidprune.models.checkpoint import Checkpoint, find_model, open_checkpoint
 from voidprune.models.pretrained import default_device
 from voidprune.models.remote import open_remote_checkpoint
+from voidprune.schedule import ModelIdentity
 
 
 def open_model(name: str) -> Checkpoint:
@@ -27,6 +29,12 @@ def open_kept_layers(name: str) -> Checkpoint:
 
     is_local = Path(name).exists() or name == "demo" or name.count("/") > 1 or name.startswith((".", "/", "~"))
     return open_model(name) if is_local or constants.HF_HUB_OFFLINE else open_remote_checkpoint(name)
+
+
+def whole_identity(checkpoint: Checkpoint) -> ModelIdentity:
+    """Of the model that a bundle was made of; of any other checkpoint its own. Raises ArtifactError."""
+    is_pruned = is_bundle(checkpoint.folder)
+    return read_manifest(checkpoint.folder).schedule.model if is_pruned else checkpoint.identity
 
 
 def default_provider() -> str:

@@ -28,12 +28,28 @@ def find_caveats(findings: Findings) -> list[str]:
         found += schedule_caveats(findings.schedule)
     return [
         *found,
+        *_of_models(findings),
         *_of_quality(findings),
         *_of_healing(findings),
         *_of_timings(findings),
         *_of_profile(findings),
         *_of_comparison(findings.comparison),
         *_of_probe(findings.probe),
+    ]
+
+
+def _of_models(findings: Findings) -> list[str]:
+    """Results of other models are refused where they are known to be: see `findings.collect_findings`."""
+    results = {
+        "evaluation": findings.evaluation,
+        "lm_eval run": findings.harness,
+        "benchmark": findings.benchmark,
+    }
+    return [
+        f"The {name} does not say which model it is of, as an older version of voidprune wrote it: nobody checked that it is this "
+        "one."
+        for name, result in results.items()
+        if result is not None and "model_fingerprint" not in result
     ]
 
 

@@ -121,12 +121,12 @@ def collect_findings(folder: Path) -> Findings:
     schedule = read_schedule(found[SCHEDULE_KIND]) if SCHEDULE_KIND in found else None
     schedule = schedule or (manifest.schedule if manifest is not None else None)
     profile = profiles.read_profile(found[profiles.KIND]) if profiles.KIND in found else None
-    comparison, probe = document("comparison"), document("probe")
     parts = {"schedule": schedule, "profile": profile, "export": None if manifest is None else manifest.schedule}
-    models = {what: part.model for what, part in parts.items() if part is not None}
-    for what, result in (("comparison", comparison), ("probe", probe)):
-        if result is not None:
-            models[what] = ModelIdentity.from_document(result["model"], place=str(found[what]))
+    models = {what: _Subject.of(part.model) for what, part in parts.items() if part is not None}
+    results = {kind: result for kind in _RESULTS if (result := document(kind)) is not None}
+    for kind, result in results.items():
+        if (subject := _subject(result, place=str(found[kind]))) is not None:
+            models[kind] = subject
     _check_one_model(folder, models)
     read = [found[kind] for kind in sorted(found.keys() & _READABLE)]
     if manifest is not None and manifests.KIND not in found:
@@ -135,27 +135,46 @@ def collect_findings(folder: Path) -> Findings:
         profile=profile,
         schedule=schedule,
         manifest=manifest,
-        evaluation=document("evaluation"),
-        comparison=comparison,
-        benchmark=document("benchmark"),
-        probe=probe,
-        harness=document("harness"),
-        adaptive=document("adaptive-evaluation"),
+        evaluation=results.get("evaluation"),
+        comparison=results.get("comparison"),
+        benchmark=results.get("benchmark"),
+        probe=results.get("probe"),
+        harness=results.get("harness"),
+        adaptive=results.get("adaptive-evaluation"),
         bundle=name,
         files=tuple((file.relative_to(folder).as_posix(), artifacts.file_hash(file)) for file in read),
         record=read_record(found[RECORD_KIND]) if RECORD_KIND in found else None,
     )
 
 
-def _check_one_model(folder: Path, models: dict[str, ModelIdentity]) -> None:
+@dataclass(frozen=True)
+class _Subject:
+    """The model that a file is of, as far as the file says: `told` is for people."""
+
+    told: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, model: ModelIdentity) -> _Subject:
+        return cls(f"{model.name} ({model.num_layers} layers)", model.fingerprint)
+
+
+def _subject(result: artifacts.Document, *, place: str) -> _Subject | None:
+    """None of results that older versions wrote: they hold no more than the name of a folder. Raises ArtifactError."""
+    model = result.get("model")
+    if isinstance(model, dict):
+        return _Subject.of(ModelIdentity.from_document(model, place=place))
+    fingerprint = result.get("model_fingerprint")
+    return None if fingerprint is None else _Subject(str(model), str(fingerprint))
+
+
+def _check_one_model(folder: Path, models: dict[str, _Subject]) -> None:
     """One page is of one model. Raises ArtifactError."""
     first = next(iter(models), "")
     for what, other in models.items():
-        model = models[first]
-        if (other.num_layers, other.fingerprint) != (model.num_layers, model.fingerprint):
+        if other.fingerprint != models[first].fingerprint:
             raise ArtifactError(
-                f"{folder} holds results of two models: the {first} is of {model.name} ({model.num_layers} layers), the {what} of "
-                f"{other.name} ({other.num_layers} layers)",
+                f"{folder} holds results of two models: the {first} is of {models[first].told}, the {what} of {other.told}",
                 hint="give each model a folder of its own",
             )
 
