@@ -584,7 +584,32 @@ def test_a_result_with_holes_is_named(tmp_path: Path) -> None:
     expect_error("show", tmp_path / "evaluation.json", message="evaluation format 1; this version of voidprune reads")
     (tmp_path / "evaluation.json").write_text('{"schema": "voidprune.evaluation/2"}')
     expect_error("show", tmp_path / "evaluation.json", message="is not a whole evaluation")
-    expect_error("report", tmp_path, "-o", tmp_path / "r.html", message="is not a whole evaluation")
+    refused = expect_error("report", tmp_path, "-o", tmp_path / "r.html", message="holds nothing that can be read")
+    assert "evaluation.json was left out: it is not a whole evaluation" in refused.stderr
+
+
+def test_a_report_says_which_files_it_left_out(tmp_path: Path) -> None:
+    """On the page and on stderr, however it names them; what can be read is there."""
+    from tests.report.documents import fill_folder
+
+    folder = tmp_path / "results"
+    folder.mkdir()
+    fill_folder(folder)
+    found = json.loads((folder / "evaluation.json").read_bytes())
+    (folder / "evaluation-of-all.json").write_text(json.dumps({**found, "dataset": "all"}))
+    (folder / "benchmark.json").write_text('{"schema": "voidprune.benchmark/1"}')
+    result = invoke("report", folder, "-o", tmp_path / "r.html")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines() == [
+        "evaluation.json is the evaluation that is shown; left out: evaluation-of-all.json.",
+        "benchmark.json was left out: it has benchmark format 1; this version of voidprune reads format 2.",
+    ]
+    twin = json.loads((tmp_path / "r.json").read_bytes())
+    assert set(result.stderr.splitlines()) <= set(twin["caveats"])
+    assert (twin["evaluation"], twin["benchmark"]) == (found, None)
+    assert not {"evaluation-of-all.json", "benchmark.json"} & twin["files"].keys()
+    page = (tmp_path / "r.html").read_text()
+    assert all(sentence in page for sentence in result.stderr.splitlines())
 
 
 def test_termination_leaves_nothing_half_built(tmp_path: Path) -> None:

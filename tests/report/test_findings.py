@@ -185,3 +185,51 @@ def test_models_are_told_by_fingerprint_not_by_name(tmp_path: Path, kind: str) -
     what = "lm_eval run" if kind == "harness" else kind
     assert len(caveats) == 1
     assert caveats[0].startswith(f"The {what} does not say which model it is of")
+
+
+@pytest.mark.parametrize("kind", ["profile", "schedule", "evaluation", "comparison", "benchmark", "probe", "harness"])
+@pytest.mark.parametrize("schema", ["voidprune.{}/0", "voidprune.{}/99"])
+def test_a_file_of_another_format_is_left_out_and_named(tmp_path: Path, kind: str, schema: str) -> None:
+    from tests.report.documents import fill_folder
+
+    fill_folder(tmp_path)
+    whole = collect_findings(tmp_path)
+    assert whole.left_out == ()
+    file = tmp_path / f"{kind}.json"
+    document = {**json.loads(file.read_bytes()), "schema": schema.format(kind)}
+    artifacts.write_file(file, artifacts.canonical_bytes(document), overwrite=True)
+    findings = collect_findings(tmp_path)
+    assert getattr(findings, kind) is None
+    assert findings == replace(
+        whole,
+        **{kind: None},
+        files=tuple(one for one in whole.files if one[0] != file.name),
+        left_out=findings.left_out,
+    )
+    assert len(findings.left_out) == 1
+    assert findings.left_out[0].startswith(
+        f"{kind}.json was left out: it has {kind} format {schema.rpartition('/')[2]};"
+    )
+    assert str(tmp_path) not in findings.left_out[0]
+
+
+def test_of_several_files_of_a_kind_the_first_that_can_be_read_is_taken(folder: Path) -> None:
+    named = evaluation()
+    for name in ("evaluation-2", "b"):
+        artifacts.write_file(folder / f"{name}.json", artifacts.canonical_bytes({**named, "dataset": name}))
+    artifacts.write_file(folder / "a.json", b'{"schema": "voidprune.evaluation/2"}')
+    findings = collect_findings(folder)
+    assert findings.evaluation is not None
+    assert findings.evaluation["dataset"] == "b"
+    assert findings.left_out[0].startswith("a.json was left out: it is not a whole evaluation")
+    assert findings.left_out[1:] == (
+        "b.json is the evaluation that is shown; left out: evaluation.json, evaluation-2.json.",
+    )
+
+
+def test_a_bundle_of_another_format_is_left_out(folder: Path) -> None:
+    document = {**MANIFEST.to_document(), "schema": "voidprune.bundle/99"}
+    artifacts.write_file(folder / "old" / "voidprune.json", artifacts.canonical_bytes(document))
+    findings = collect_findings(folder)
+    assert (findings.manifest, findings.bundle) == (None, "")
+    assert findings.left_out[0].startswith("old/voidprune.json was left out: it has bundle format 99")

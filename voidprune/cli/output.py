@@ -31,6 +31,11 @@ def show_result(document: Mapping[str, Any], table: Callable[[Any], Any], value:
         print_tables(table(value))
 
 
+def tell(sentence: str) -> None:
+    """What people should know that is no result."""
+    click.echo(sentence, err=True)
+
+
 def print_tables(*tables: Any) -> None:
     from rich.console import Console
 

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from voidprune.cli.completion import complete_model
 from voidprune.cli.options import output_option, overwrite_option, quiet_option
-from voidprune.cli.output import print_tables, progress_bars
+from voidprune.cli.output import print_tables, progress_bars, tell
 
 if TYPE_CHECKING:
     from voidprune.pipeline.steps import StepState
@@ -118,7 +118,7 @@ def _run_compression(
 
     def write(made: Path, page: Path) -> None:
         write_record(made, record, recipe=text)
-        write_report(made, page, overwrite=True)
+        write_report(made, page, overwrite=True, tell=tell)
 
     steps = compression_steps(recipe, folder, write_report=write, track=progress_bars(quiet))
     if dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,15 @@ KIND, VERSION = "report", 1
 
 @dataclass(frozen=True)
 class Report:
-    """`page` is HTML without external requests, `document` a `voidprune.report/1` of the same facts, `pictures` by name."""
+    """`page` is HTML without external requests, `document` a `voidprune.report/1` of the same facts, `pictures` by name.
+
+    `left_out` are the caveats about files that are in the folder and not in the report.
+    """
 
     page: str
     document: artifacts.Document
     pictures: dict[str, plots.Drawing]
+    left_out: tuple[str, ...] = ()
 
 
 def render_report(folder: Path) -> str:
@@ -43,11 +48,18 @@ def render_report(folder: Path) -> str:
     return make_report(folder).page
 
 
-def write_report(folder: Path, output: Path, *, pictures: Path | None = None, overwrite: bool = False) -> list[Path]:
+def write_report(
+    folder: Path,
+    output: Path,
+    *,
+    pictures: Path | None = None,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda _sentence: None,
+) -> list[Path]:
     """Write the page, its twin beside it with the suffix .json, and with `pictures` each picture into that folder, as SVG and PNG.
 
-    Returns the files. Raises ArtifactError, OutputError, and with `pictures` MissingExtraError without matplotlib; nothing is
-    written then.
+    Returns the files; `tell` gets a sentence for whatever of the folder was left out. Raises
+    ArtifactError, OutputError, and with `pictures` MissingExtraError without matplotlib; nothing is written then.
     """
     if output.suffix == ".json":
         raise OutputError(
@@ -61,6 +73,8 @@ def write_report(folder: Path, output: Path, *, pictures: Path | None = None, ov
             files[pictures / f"{name}.png"] = plots.paint_png(drawing)
     for file in files:
         artifacts.check_output_file(file, overwrite=overwrite)
+    for sentence in report.left_out:
+        tell(sentence)
     for file, content in files.items():
         artifacts.write_file(file, content, overwrite=overwrite)
     return list(files)
@@ -150,7 +164,7 @@ def make_report(folder: Path) -> Report:
         "adaptive": findings.adaptive,
         "written_by": f"voidprune {voidprune.__version__}",
     }
-    return Report(page, document, pictures)
+    return Report(page, document, pictures, findings.left_out)
 
 
 def _title(findings: Findings, model: str) -> str:

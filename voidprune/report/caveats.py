@@ -28,6 +28,7 @@ def find_caveats(findings: Findings) -> list[str]:
         found += schedule_caveats(findings.schedule)
     return [
         *found,
+        *findings.left_out,
         *_of_models(findings),
         *_of_quality(findings),
         *_of_healing(findings),

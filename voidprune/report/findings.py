@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from voidprune import artifacts, tables
 from voidprune.errors import ArtifactError
@@ -19,6 +19,8 @@ from voidprune.report.record import RunRecord, read_record
 from voidprune.schedule import KIND as SCHEDULE_KIND
 from voidprune.schedule import ModelIdentity, Schedule, read_schedule
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -26,7 +28,7 @@ class Findings:
 
     `manifest` is that of the pruned bundle, one with graphs before one without, and `bundle` its folder within this one, "." for
     the folder itself. `files` are the names of the files that are read, with their hashes. `record` is the command that made the
-    folder, where that was written down.
+    folder, where that was written down. `left_out` are sentences about files of ours that are not in here.
     """
 
     profile: Profile | None
@@ -41,6 +43,7 @@ class Findings:
     bundle: str = ""
     files: tuple[tuple[str, str], ...] = ()
     record: RunRecord | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def schema_kind(path: Path) -> str | None:
@@ -97,39 +100,35 @@ def _read_result(file: Path, kind: str) -> artifacts.Document:
 
 
 def collect_findings(folder: Path) -> Findings:
-    """Everything of ours in a folder and, for bundles, one level below. Raises ArtifactError where there is nothing."""
+    """Everything of ours in a folder and, for bundles, one level below.
+
+    Of several files of a kind the first by name is taken. What cannot be read is left out. Raises ArtifactError where nothing is
+    left, or where it is of two models.
+    """
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder", hint="give the folder that holds the results")
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.json")):
-        if (kind := schema_kind(file)) is not None:
-            found.setdefault(kind, file)
-    bundles = {
-        file.parent.name: manifests.read_manifest(file.parent) for file in sorted(folder.glob(f"*/{manifests.FILE}"))
-    }
-    if manifests.KIND in found:
-        bundles = {".": manifests.read_manifest(folder), **bundles}
-    if not found.keys() & _READABLE and not bundles:
-        raise ArtifactError(f"{folder} holds no results", hint="voidprune eval, bench and export write some")
-
-    def document(kind: str) -> artifacts.Document | None:
-        return _read_result(found[kind], kind) if kind in found else None
-
+    reader = _FolderReader(folder)
+    bundles = reader.bundles()
     pruned = {name: bundle for name, bundle in bundles.items() if not bundle.schedule.is_full} or bundles
     name = min(pruned, key=lambda one: not pruned[one].graphs, default="")
     manifest = pruned[name] if pruned else None
-    schedule = read_schedule(found[SCHEDULE_KIND]) if SCHEDULE_KIND in found else None
+    schedule = reader.first(SCHEDULE_KIND, read_schedule)
+    profile = reader.first(profiles.KIND, profiles.read_profile)
+    results = {kind: found for kind in _RESULTS if (found := reader.first(kind, _result_reader(kind))) is not None}
+    record = reader.first(RECORD_KIND, read_record)
+    if not reader.taken.keys() & _READABLE and not bundles:
+        if reader.left_out:
+            raise ArtifactError(f"{folder} holds nothing that can be read: {reader.left_out[0]}")
+        raise ArtifactError(f"{folder} holds no results", hint="voidprune eval, bench and export write some")
     schedule = schedule or (manifest.schedule if manifest is not None else None)
-    profile = profiles.read_profile(found[profiles.KIND]) if profiles.KIND in found else None
     parts = {"schedule": schedule, "profile": profile, "export": None if manifest is None else manifest.schedule}
     models = {what: _Subject.of(part.model) for what, part in parts.items() if part is not None}
-    results = {kind: result for kind in _RESULTS if (result := document(kind)) is not None}
     for kind, result in results.items():
-        if (subject := _subject(result, place=str(found[kind]))) is not None:
+        if (subject := _subject(result, place=kind)) is not None:
             models[kind] = subject
     _check_one_model(folder, models)
-    read = [found[kind] for kind in sorted(found.keys() & _READABLE)]
-    if manifest is not None and manifests.KIND not in found:
+    read = [reader.taken[kind] for kind in sorted(reader.taken.keys() & _READABLE)]
+    if manifest is not None:
         read.append(folder / name / manifests.FILE)
     return Findings(
         profile=profile,
@@ -143,8 +142,60 @@ def collect_findings(folder: Path) -> Findings:
         adaptive=results.get("adaptive-evaluation"),
         bundle=name,
         files=tuple((file.relative_to(folder).as_posix(), artifacts.file_hash(file)) for file in read),
-        record=read_record(found[RECORD_KIND]) if RECORD_KIND in found else None,
+        record=record,
+        left_out=tuple(reader.left_out),
     )
+
+
+def _result_reader(kind: str) -> Callable[[Path], artifacts.Document]:
+    def read(file: Path) -> artifacts.Document:
+        document = _read_result(file, kind)
+        _subject(document, place=str(file))
+        return document
+
+    return read
+
+
+class _FolderReader:
+    """The files of ours in a folder. `taken` are those that were read, by kind; `left_out` says what was not, in sentences."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.taken: dict[str, Path] = {}
+        self.left_out: list[str] = []
+        self._files: dict[str, list[Path]] = {}
+        for file in sorted(folder.glob("*.json"), key=lambda file: file.stem):
+            if (kind := schema_kind(file)) is not None:
+                self._files.setdefault(kind, []).append(file)
+
+    def first(self, kind: str, read: Callable[[Path], T]) -> T | None:
+        """The first by name that can be read; None where there is none."""
+        files = self._files.get(kind, [])
+        for position, file in enumerate(files):
+            if (value := self._try(file, read)) is None:
+                continue
+            self.taken[kind] = file
+            if others := [other.name for other in files[position + 1 :]]:
+                self.left_out.append(f"{file.name} is the {kind} that is shown; left out: {', '.join(others)}.")
+            return value
+        return None
+
+    def bundles(self) -> dict[str, Manifest]:
+        """By the name of their folder, "." for this one."""
+        found = {}
+        for file in (*self.folder.glob(manifests.FILE), *sorted(self.folder.glob(f"*/{manifests.FILE}"))):
+            manifest = self._try(file, lambda file: manifests.read_manifest(file.parent))
+            if manifest is not None:
+                found["." if file.parent == self.folder else file.parent.name] = manifest
+        return found
+
+    def _try(self, file: Path, read: Callable[[Path], T]) -> T | None:
+        try:
+            return read(file)
+        except ArtifactError as error:
+            name = file.relative_to(self.folder).as_posix()
+            self.left_out.append(f"{name} was left out: {error.message.replace(str(file), 'it')}.")
+            return None
 
 
 @dataclass(frozen=True)
@@ -179,4 +230,4 @@ def _check_one_model(folder: Path, models: dict[str, _Subject]) -> None:
             )
 
 
-_READABLE = {profiles.KIND, SCHEDULE_KIND, manifests.KIND, *_RESULTS}
+_READABLE = {profiles.KIND, SCHEDULE_KIND, *_RESULTS}
