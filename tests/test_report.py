@@ -166,6 +166,19 @@ def test_the_twin_says_the_same(folder: Path, tmp_path: Path) -> None:
     assert (folder / "report.json").read_bytes() == (tmp_path / "report.json").read_bytes(), "a report is no result"
 
 
+def test_times_of_one_round_stand_without_intervals(folder: Path) -> None:
+    once = {"num_rounds": 1, "confidence": None, "widest": None}
+    write_results(folder, benchmark={**benchmark(spread=0.0), **once})
+    report = make_report(folder)
+    assert "One round, so there are no intervals." in report.page
+    for text in ("0% interval", "[20.00, 20.00]", "[0.50, 0.50]", "[-50.0, -50.0]"):
+        assert text not in report.page
+    (card,) = (card for card in report.document["figures"] if card["key"] == "time")
+    assert card["figures"][0]["change"] == 0.5
+    assert card["figures"][0]["interval"] is None
+    assert [panel["measured"]["cost_interval"] for panel in report.document["trade_offs"]["panels"][1:]] == [None, None]
+
+
 def test_pictures_are_written_as_svg_and_png(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="PNG pictures need the extra [report]")
     files = write_report(folder, tmp_path / "report.html", pictures=tmp_path / "pictures")

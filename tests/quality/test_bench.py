@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from rich.console import Console
 
+from voidprune.cli import main
 from voidprune.errors import ContextLengthError, NoiseError
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.export import export_model
@@ -14,6 +19,7 @@ from voidprune.pipeline.models import open_model
 from voidprune.quality.bench import run_benchmark
 from voidprune.quality.process_memory import PHASES
 from voidprune.schedule import dropped_schedule
+from voidprune.tables import benchmark_table
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +101,23 @@ def test_one_bundle_alone_has_ratios_of_one(pruned_folder: Path) -> None:
     (timing,) = found.timings
     assert timing.tpot_ratio.median == 1.0
     assert math.isclose(found.confidence, 0.75)
+
+
+def test_one_round_has_no_intervals(pruned_folder: Path) -> None:
+    """Neither a confidence nor a width, and none is printed or asked for."""
+    small = {"prompt_lengths": (4,), "context_lengths": (4,), "num_new_tokens": 2}
+    document = benchmark_bundle(
+        pruned_folder, baseline="demo", provider="cpu", num_rounds=1, max_spread=0.0, **small
+    )  # fmt: skip
+    assert (document["confidence"], document["widest"]) == (None, None)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(benchmark_table(document))
+    text = " ".join(console.export_text().split())
+    assert "one round, so there are no intervals" in text
+    assert "interval of a ratio" not in text
+    assert not re.search(r"\d \(\d", text)
+    refused = CliRunner().invoke(
+        main, ["bench", str(pruned_folder), "--baseline", "demo", "--rounds", "1", "--max-spread", "0.5"]
+    )
+    assert refused.exit_code == 2
+    assert "one round has no intervals" in refused.stderr

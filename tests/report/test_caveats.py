@@ -94,3 +94,11 @@ def test_an_evaluation_without_the_whole_model(tmp_path: Path, findings: Finding
     evaluation["runners"] = [{**evaluation["runners"][1], "against_whole": None}]
     write_results(tmp_path, evaluation=evaluation)
     assert "without the whole model beside it" in told(collect_findings(tmp_path))
+
+
+def test_one_round_shows_no_gain(findings: Findings) -> None:
+    assert "of one round" not in told(findings)
+    once = {**benchmark(spread=0.0), "num_rounds": 1, "confidence": None, "widest": None}
+    text = told(replace(findings, benchmark=once))
+    assert "The benchmark is of one round, so nothing says how far its times may be off" in text
+    assert "Time to first token" not in text

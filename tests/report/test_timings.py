@@ -22,3 +22,9 @@ def test_what_is_not_known_of_the_conditions_is_left_out() -> None:
     document = benchmark()
     del document["machine"]
     assert "machine" not in dict(read_timings(document).conditions)
+
+
+@pytest.mark.parametrize("confidence", [0.0, None])
+def test_one_round_has_no_interval_to_name(confidence: float | None) -> None:
+    """Older versions wrote a confidence of 0."""
+    assert read_timings({**benchmark(), "num_rounds": 1, "confidence": confidence}).interval_name == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from voidprune.cli.options import Counts, json_option, overwrite_option, provider_option, quiet_option, seed_option
 from voidprune.cli.output import progress_bars, show_result, write_result
@@ -39,7 +40,10 @@ from voidprune.cli.output import progress_bars, show_result, write_result
 @overwrite_option
 @json_option
 @quiet_option
+@click.pass_context
 def bench(
+    context: click.Context,
+    /,
     folder: Path,
     baseline: str,
     prompt_lengths: tuple[int, ...],
@@ -70,6 +74,8 @@ def bench(
     from voidprune.pipeline.benchmark import benchmark_bundle
     from voidprune.tables import benchmark_table
 
+    if rounds == 1 and context.get_parameter_source("max_spread") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--max-spread needs --rounds 2 or more: one round has no intervals")
     for file in (output, plot):
         if file is not None:
             artifacts.check_output_file(file, overwrite=overwrite)

@@ -38,7 +38,7 @@ def benchmark_bundle(
 ) -> artifacts.Document:
     """Benchmark a bundle beside the whole model. What has no graphs yet is exported for the occasion, in the same precision.
 
-    Raises NoiseError where the interval of a ratio is wider than `max_spread` times the ratio.
+    Raises NoiseError where the interval of a ratio is wider than `max_spread` times the ratio; one round has no intervals.
     """
     if threads is not None:
         size_thread_pool(threads)
@@ -72,7 +72,7 @@ def benchmark_bundle(
                 seed=seed,
                 on_progress=advance,
             )
-    if benchmark.widest > max_spread:
+    if benchmark.widest is not None and benchmark.widest > max_spread:
         raise NoiseError(
             f"the interval of a ratio is {benchmark.widest:.0%} of the ratio over {num_rounds} rounds; "
             f"{max_spread:.0%} is allowed"

@@ -96,7 +96,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A run: what was measured, and on what. `confidence` is that of every interval; `widest` of them, as a share of its median.
+    """A run: what was measured, and on what. `confidence` is that of every interval; `widest` of them, as a share of its median;
+    both None of one round, which has no intervals.
 
     `clocks` is what the card said before and after, None without one; `energy` whose energy was counted, None where there is no
     counter; `load_average` how busy the machine was before anything was timed.
@@ -108,8 +109,8 @@ class Benchmark:
     batch_size: int
     num_new_tokens: int
     num_rounds: int
-    confidence: float
-    widest: float
+    confidence: float | None
+    widest: float | None
     provider: str
     threads: int | None
     machine: str
@@ -194,13 +195,15 @@ def run_benchmark(
         batch_size=batch_sizes[0],
         num_new_tokens=num_new_tokens,
         num_rounds=num_rounds,
-        confidence=interval_confidence(num_rounds),
+        confidence=interval_confidence(num_rounds) if num_rounds > 1 else None,
         widest=max(
             spread.width
             for timing in timings
             for case in (*timing.prefill, *timing.decode)
             for spread in (case.ratio, case.floor_ratio)
-        ),
+        )
+        if num_rounds > 1
+        else None,
         provider=provider,
         threads=threads,
         machine=describe_machine(),

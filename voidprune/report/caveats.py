@@ -115,10 +115,15 @@ def _of_timings(findings: Findings) -> list[str]:
         return []
     timings: Timings = read_timings(findings.benchmark)
     found = []
-    for name, ratio in (
+    if not timings.interval_name:
+        found.append(
+            "The benchmark is of one round, so nothing says how far its times may be off, and no gain is shown."
+        )
+    ratios = (
         ("Time to first token", timings.pruned.ttft_ratio),
         ("Time per output token", timings.pruned.tpot_ratio),
-    ):
+    )
+    for name, ratio in ratios if timings.interval_name else ():
         is_wide, holds_one = ratio.width > LARGE_SPREAD, ratio.low <= 1 <= ratio.high and len(timings.models) > 1
         if is_wide:
             found.append(

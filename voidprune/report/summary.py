@@ -212,7 +212,7 @@ def _time(findings: Findings) -> Card:
                 pruned.median,
                 whole.median,
                 ratio.median,
-                (ratio.low, ratio.high),
+                (ratio.low, ratio.high) if timings.interval_name else None,
                 timings.interval_name,
             )
 
@@ -220,6 +220,7 @@ def _time(findings: Findings) -> Card:
         conditions = dict(timings.conditions)
         where = ", ".join(conditions[name] for name in ("provider", "machine") if name in conditions)
         length = f"prompt of {conditions['prompt, tokens']} tokens; " if "prompt, tokens" in conditions else ""
+        how = f"less or more: round by round, with {timings.interval_name}" if timings.interval_name else "one round"
         counted = () if costs is None else (_prompt_flops(*costs),)
         return Card(
             "time",
@@ -229,7 +230,7 @@ def _time(findings: Findings) -> Card:
                 figure("tpot", "time per output token", pruned.tpot, whole.tpot, pruned.tpot_ratio),
                 *counted,
             ),
-            f"{length}medians; less or more: round by round, with {timings.interval_name}; {where}",
+            f"{length}{'medians; ' if timings.interval_name else ''}{how}; {where}",
         )
     figures: tuple[Figure, ...] = ()
     if costs is not None:

@@ -24,7 +24,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timings:
-    """`conditions` are what is known of how it was measured, as (what, value); `interval_name` says what all intervals are."""
+    """`conditions` are what is known of how it was measured, as (what, value); `interval_name` says what all intervals are.
+
+    It is empty of one round: then there are none.
+    """
 
     models: tuple[Timing, ...]
     conditions: tuple[tuple[str, str], ...]
@@ -72,5 +75,11 @@ def read_timings(document: Mapping[str, Any]) -> Timings:
         conditions=tuple(
             (name, str(document[key])) for key, name in _CONDITIONS if isinstance(document.get(key), str | int | float)
         ),
-        interval_name=f"{document['confidence']:.0%} interval" if "confidence" in document else "interval",
+        interval_name=_interval_name(document),
     )
+
+
+def _interval_name(document: Mapping[str, Any]) -> str:
+    if document.get("num_rounds") == 1:
+        return ""
+    return f"{document['confidence']:.0%} interval" if "confidence" in document else "interval"

@@ -52,10 +52,11 @@ def make_panels(findings: Findings) -> list[Panel]:
             if predicted is not None and abs(predicted.cost - share) < 0.01:
                 predicted = None
         elif scope != "bytes" and findings.benchmark is not None:
-            timing = read_timings(findings.benchmark).pruned
-            ratio = timing.ttft_ratio if scope == "prefill" else timing.tpot_ratio
+            timings = read_timings(findings.benchmark)
+            ratio = timings.pruned.ttft_ratio if scope == "prefill" else timings.pruned.tpot_ratio
+            interval = (ratio.low, ratio.high) if timings.interval_name else None
             measured_axis = "measured TTFT" if scope == "prefill" else "measured TPOT"
-            measured = replace(exported, cost=ratio.median, cost_interval=(ratio.low, ratio.high))
+            measured = replace(exported, cost=ratio.median, cost_interval=interval)
         panel = replace(panel, predicted=predicted, measured=measured, measured_axis=measured_axis)
         if len(panel.everything) > 1:
             shown.append(panel)

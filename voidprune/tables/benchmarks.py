@@ -65,11 +65,15 @@ def _add_bytes(table: Table, label: str, counts: Sequence[int]) -> None:
 def _caption(document: Mapping[str, Any]) -> str:
     first, last = document["timings"][0], document["timings"][-1]
     bounds = {case["bound"] for timing in (first, last) for case in (*timing["prefill"], *timing["decode"])}
-    parts = [
-        f"median of {document['num_rounds']} interleaved rounds ({document['confidence']:.0%} interval)",
-        f"floor: what {' or '.join(sorted(bounds))} alone takes, measured in the same rounds",
-        f"widest interval of a ratio: {document['widest']:.0%} of it",
-    ]
+    floor = f"floor: what {' or '.join(sorted(bounds))} alone takes, measured in the same rounds"
+    if document["num_rounds"] == 1:
+        parts = ["one round, so there are no intervals: how far these figures may be off is not known", floor]
+    else:
+        parts = [
+            f"median of {document['num_rounds']} interleaved rounds ({document['confidence']:.0%} interval)",
+            floor,
+            f"widest interval of a ratio: {document['widest']:.0%} of it",
+        ]
     if first["precision"] in PACKED_PRECISIONS:
         parts.append(f"the whole model is packed in {first['precision']}, too")
     parts.append("no energy counter" if document["energy"] is None else f"joules of the {document['energy']}")
@@ -79,4 +83,6 @@ def _caption(document: Mapping[str, Any]) -> str:
 def _format_spread(spread: Mapping[str, float], factor: float = 1.0) -> str:
     median, low, high = (spread[name] * factor for name in ("median", "low", "high"))
     places = 2 if median < 10 else 1 if median < 100 else 0
+    if low == high:  # one round
+        return f"{median:.{places}f}"
     return f"{median:.{places}f} ({low:.{places}f}-{high:.{places}f})"
