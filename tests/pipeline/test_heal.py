@@ -410,4 +410,5 @@ def test_the_record_is_plain_json(folder: Path, manifest: Manifest) -> None:
     branches = document["healing"]["outcomes"]["linear"]["branches"]
     assert {branch["part"] for branch in branches} == {"attention", "mlp"}
     assert all(branch["error_after"] <= branch["error_before"] for branch in branches)
+    assert document["healing"]["origin"] == {"responses": "dataset", "max_new_tokens": 64, "dtype": "fp32"}
     assert Manifest.from_document(document, place="here") == manifest

@@ -144,3 +144,17 @@ def test_broken_files_are_refused(tmp_path: Path, path: tuple[str, ...], value: 
     (tmp_path / "profile.json").write_bytes(artifacts.canonical_bytes(document))
     with pytest.raises(ArtifactError, match=r"profile\.json"):
         read_profile(tmp_path / "profile.json")
+
+
+def test_what_was_asked_for_is_kept_where_profiles_agree(tmp_path: Path) -> None:
+    """Of a file without it, nothing is known."""
+    first, second = make_profile(), make_profile(group="other", scale=2)
+    assert "origin" not in first.to_document()["calibration"]
+    asked = replace(first, calibration=replace(first.calibration, origin={"dtype": "fp32", "num_samples": 2}))
+    write_profile(tmp_path / "p.json", asked)
+    assert read_profile(tmp_path / "p.json") == asked
+    other = replace(second, calibration=replace(second.calibration, origin={"dtype": "fp32", "num_samples": 4}))
+    assert merge_profiles(asked, other).calibration.origin == {"dtype": "fp32"}
+    assert merge_profiles(asked, second).calibration.origin == {}
+    with pytest.raises(ValueError, match="plain values"):
+        replace(first.calibration, origin={"dtype": ["fp32"]})

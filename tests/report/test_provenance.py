@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from tests.execution.test_manifest import HEALING, MANIFEST
 from tests.report.documents import fill_folder
 from voidprune.cli import main
-from voidprune.report.commands import benchmark_command, evaluation_command
+from voidprune.healing.losses import DistillLoss
+from voidprune.healing.settings import DistillSettings, Parameters
+from voidprune.report.commands import benchmark_command, evaluation_command, heal_command, probe_command
 from voidprune.report.findings import Findings, collect_findings
 from voidprune.report.provenance import list_commands, list_missing, list_provenance
 from voidprune.report.record import RunRecord
@@ -53,13 +58,84 @@ def test_commands_are_those_of_the_command_line(findings: Findings) -> None:
     assert "--keep-prefill 0.5 --keep-decode 1.0" in plan
     probe = next(command for command in commands if " probe " in command)
     assert (
-        "--intervention freeze --intervention random --intervention skip-attention --scope prompt --scope pub" in probe
+        "--tasks capitals --num-samples 20 --intervention freeze --intervention random --intervention skip-attention "
+        "--scope prompt --scope published --margin 0.01 --max-new-tokens 12 --batch-size 64 --dtype fp32 --seed 3"
+        in probe
     )
+    profile = next(command for command in commands if " profile " in command)
+    assert profile.endswith("--dataset DATASET --responses dataset --alpha 0.8 --lac-arithmetic float32")
     bench = next(command for command in commands if " bench " in command)
     assert (
         "--prompt-lengths 128 --context-lengths 128 --batch-sizes 1 --new-tokens 32 --rounds 15 --provider cpu --seed 0"
         in bench
     )
+
+
+def parsed(command: str) -> dict[str, Any]:
+    """The values that the command line sees."""
+    _, name, *arguments = shlex.split(command)
+    context = main.commands[name].make_context(name, arguments, resilient_parsing=True)
+    return context.params
+
+
+def test_a_profile_says_what_it_was_asked_for(tmp_path: Path) -> None:
+    options = ["--num-samples", "3", "--max-length", "90", "--lac-arithmetic", "model", "--alpha", "0.5"]
+    options += ["--max-new-tokens", "4", "--dtype", "fp32"]
+    made = CliRunner().invoke(main, ["profile", "demo", "-o", str(tmp_path / "profile.json"), *options])
+    assert made.exit_code == 0, made.output
+    command = list_commands(collect_findings(tmp_path))[0][0]
+    assert "DATASET" not in command, "the prompts that ship with it need no name"
+    again = CliRunner().invoke(main, shlex.split(command.replace("DIR/", f"{tmp_path}/again-"))[1:])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again-profile.json").read_bytes() == (tmp_path / "profile.json").read_bytes()
+
+
+def test_a_probe_of_some_depths_of_the_demo_is_told_as_such(findings: Findings) -> None:
+    assert findings.probe is not None
+    results = [{**result, "points": result["points"][1:]} for result in findings.probe["results"]]
+    whole = dict.fromkeys(("yes-no", "sorting"), findings.probe["whole"]["capitals"])
+    told = parsed(probe_command({**findings.probe, "dataset": "demo", "whole": whole, "results": results}, "demo"))
+    assert (told["tasks"], told["num_samples"], told["depths"]) == ("demo", 20, frozenset({1}))
+    file = parsed(probe_command({**findings.probe, "dataset": "mine.jsonl", "whole": whole}, "demo"))
+    assert (file["tasks"], file["num_samples"], file["depths"]) == ("TASKS", 40, None)
+
+
+def test_a_healing_is_told_with_its_data_and_its_training(findings: Findings) -> None:
+    assert findings.schedule is not None
+    origin = {"dataset": "demo", "num_samples": 12, "responses": "dataset", "max_new_tokens": 9, "dtype": "fp32"}
+    training = DistillSettings(
+        parameters=Parameters.FULL, embeddings=True, steps=7, max_minutes=0.5, evaluate_every=3, batch_size=5,
+        learning_rate=1e-4, loss=DistillLoss(temperature=2.0, top_k=8), precision="bf16", checkpointing=True, seed=11,
+    )  # fmt: skip
+    healing = replace(
+        HEALING,
+        methods=("linear", "distill"),
+        settings={"linear": {}, "distill": json.loads(json.dumps(training.to_document()))},
+        origin={**origin, "max_length": 100},
+    )
+    told = parsed(heal_command(healing, findings.schedule, "demo"))
+    assert {name: told[name] for name in origin} == origin
+    assert (told["schedule_file"], told["methods"]) == (Path("DIR/schedule.json"), ("linear", "distill"))
+    assert {name: told[name] for name in ("max_length", "temperature", "top_k", "heal_batch_size")} == {
+        "max_length": 100, "temperature": 2.0, "top_k": 8, "heal_batch_size": 5,
+    }  # fmt: skip
+    for name in ("parameters", "embeddings", "steps", "max_minutes", "evaluate_every", "learning_rate"):
+        assert told[name] == getattr(training, name)
+    assert (told["precision"], told["checkpointing"], told["seed"]) == ("bf16", True, 11)
+
+
+def test_rounds_of_healing_plan_for_themselves(findings: Findings) -> None:
+    assert findings.schedule is not None
+    origin = {"criterion": "search-loss", "keep_prefill": 0.5, "keep_decode": 0.75, "protected": "0", "phases": "split"}
+    schedule = replace(findings.schedule, origin=origin)
+    healing = replace(HEALING, origin={"rounds": 3, "dataset": "default"})
+    told = parsed(heal_command(healing, schedule, "demo"))
+    assert (told["schedule_file"], told["dataset"]) == (None, None)
+    assert (told["num_rounds"], told["keep_prefill"], told["keep_decode"]) == (3, 0.5, 0.75)
+    assert (told["protect"], told["phases"]) == (frozenset({0}), "split")
+    manifest = replace(MANIFEST, healing=healing)
+    commands, _ = list_commands(replace(findings, schedule=schedule, manifest=manifest))
+    assert [command.split()[1] for command in commands][:3] == ["profile", "heal", "export"]
 
 
 def test_what_was_written_down_comes_before_what_is_put_together(findings: Findings) -> None:

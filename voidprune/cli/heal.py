@@ -192,7 +192,7 @@ def heal(
     from voidprune.pipeline.models import open_model
     from voidprune.pipeline.rounds import Rounds
     from voidprune.pipeline.samples import Answering
-    from voidprune.pipeline.tasks import find_rows
+    from voidprune.pipeline.tasks import dataset_name, find_rows
     from voidprune.planning.budgets import Budget
     from voidprune.profiling.calibration import default_rows
     from voidprune.schedule import full_schedule, read_schedule
@@ -222,6 +222,8 @@ def heal(
         methods=methods,
         distill_settings=settings,
         rounds=rounds,
+        dataset="default" if dataset is None else dataset_name(dataset),
+        num_samples=num_samples,
         answering=Answering(responses, max_new_tokens, max_length, batch_size),
         dtype=dtype,
         device=device,

@@ -59,6 +59,7 @@ def measure_profile(
     return profile_model(
         checkpoint,
         default_rows() if dataset is None else read_rows(dataset),
+        dataset="default" if dataset is None else dataset.name,
         lac=LacSettings(alpha=alpha, arithmetic=lac_arithmetic),
         dtype=dtype,
         device=device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from voidprune import artifacts
 from voidprune.errors import ArtifactError, ModelError
 from voidprune.models.checkpoint import FLOAT_DTYPES, precision_name
 from voidprune.models.packed import BITS, BLOCK_SIZES, PACKED_PRECISIONS, packed_file
-from voidprune.schedule import Phase, Schedule
+from voidprune.schedule import Phase, Scalar, Schedule
 
 FILE = "voidprune.json"
 KIND, VERSION = "bundle", 1
@@ -158,7 +158,8 @@ class Healing:
 
     `methods` in their order; `settings` and `outcomes` of each, by its name, are plain JSON. `samples` is the fingerprint of the
     data (see `calibration.fingerprint_samples`), `prompts` the hashes of all its prompts, fitted or held out: what a model was
-    healed with it may not be evaluated on.
+    healed with it may not be evaluated on. `origin` is what else `voidprune heal` was asked for, by the names of its options; files
+    that older versions wrote have none.
     """
 
     methods: tuple[str, ...]
@@ -167,8 +168,11 @@ class Healing:
     samples: str
     prompts: tuple[str, ...]
     held_out: HeldOutLoss
+    origin: Mapping[str, Scalar] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.origin, Mapping) or not all(isinstance(one, Scalar) for one in self.origin.values()):
+            raise ValueError("the origin of the healing holds more than plain values")
         if not self.methods or not all(type(text) is str for text in (*self.methods, self.samples, *self.prompts)):
             raise ValueError("the methods, samples or prompts of the healing are not texts")
         if not all(

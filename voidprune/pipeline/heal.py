@@ -167,6 +167,8 @@ def heal_model(
     distill_settings: DistillSettings = DistillSettings(),  # noqa: B008  a frozen value
     rounds: Rounds | None = None,
     answering: Answering = Answering(),  # noqa: B008  a frozen value
+    dataset: str = "",
+    num_samples: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
@@ -183,6 +185,8 @@ def heal_model(
 
     With `rounds` the schedule is where they begin: each leaves out more, chosen on the model as the rounds before healed it, and
     heals again, by the last method; `distill_settings` are those of a round.
+
+    `dataset` is what the rows are called, and `num_samples` how many of them were asked for: both for the record.
 
     Started by the launcher of accelerate, all processes train, and the first does all else. Raises every VoidpruneError of the way.
     """
@@ -245,6 +249,19 @@ def heal_model(
         samples=fingerprint_samples(samples),
         prompts=tuple(sorted({prompt_hash(sample.prompt) for sample in samples})),
         held_out=found,
+        origin={
+            name: value
+            for name, value in {
+                "dataset": dataset,
+                "num_samples": num_samples,
+                "responses": answering.responses,
+                "max_new_tokens": answering.max_new_tokens,
+                "max_length": answering.max_length,
+                "dtype": dtype,
+                "rounds": None if rounds is None else rounds.num_rounds,
+            }.items()
+            if value
+        },
     )
 
     def verify(stage: Path) -> Parity:

@@ -25,6 +25,7 @@ def profile_model(
     rows: Sequence[Row],
     *,
     responses: str = "generate",
+    dataset: str = "",
     num_samples: int | None = None,
     max_new_tokens: int = 64,
     max_length: int | None = None,
@@ -41,7 +42,8 @@ def profile_model(
     With an `output` the profile is written there, and finished batches lie in a journal beside it until it is: a run that was
     killed, repeated with the same settings, goes on where it stopped and writes the same bytes.
 
-    Raises ModelError, DatasetError, RuntimeProviderError, ArtifactError where the journal is that of another run, OutputError.
+    `dataset` is what the rows are called, for the record. Raises ModelError, DatasetError, RuntimeProviderError, ArtifactError
+    where the journal is that of another run, OutputError.
     """
     if output is not None:
         check_output_file(output, overwrite=overwrite)
@@ -101,6 +103,9 @@ def profile_model(
                 journal=journal,
                 on_progress=lambda _num_samples, num_tokens: advance(num_tokens),
             )
+        asked = {"dataset": dataset, "num_samples": num_samples, "max_length": max_length, "dtype": dtype}
+        origin = {name: value for name, value in asked.items() if value}
+        profile = replace(profile, calibration=replace(profile.calibration, origin=origin))
         if output is not None:
             write_profile(output, profile, overwrite=overwrite)
             journal.remove()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from voidprune import artifacts
 from voidprune.errors import ArtifactError
 from voidprune.models.sizes import ModelSizes
-from voidprune.schedule import ModelIdentity, Phase
+from voidprune.schedule import ModelIdentity, Phase, Scalar
 
 KIND, VERSION = "profile", 2
 NUM_BLOCKS = 32
@@ -136,14 +136,21 @@ Blocks = tuple[LayerStatistics, ...]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was run: how many samples, where responses came from ("generate" or "dataset"), hashes of the token ids."""
+    """What was run: how many samples, where responses came from ("generate" or "dataset"), hashes of the token ids.
+
+    `origin` is what else `voidprune profile` was asked for, by the names of its options. It has no influence on what is measured;
+    files that older versions wrote have none.
+    """
 
     num_samples: int
     responses: str
     max_new_tokens: int
     fingerprints: tuple[str, ...]
+    origin: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.origin, Mapping) or not all(isinstance(one, Scalar) for one in self.origin.values()):
+            raise ValueError("the origin of the calibration holds more than plain values")
         if type(self.num_samples) is not int or type(self.max_new_tokens) is not int or self.num_samples < 0:
             raise ValueError("the counts of the calibration are not whole numbers")
         if self.responses not in ("generate", "dataset") or not all(isinstance(one, str) for one in self.fingerprints):
@@ -203,6 +210,7 @@ class Profile:
                 "responses": self.calibration.responses,
                 "max_new_tokens": self.calibration.max_new_tokens,
                 "fingerprints": list(self.calibration.fingerprints),
+                **({"origin": dict(self.calibration.origin)} if self.calibration.origin else {}),
             },
             "groups": {
                 name: {str(phase): _write_blocks(blocks) for phase, blocks in phases.items()}
@@ -281,6 +289,7 @@ def merge_profiles(first: Profile, second: Profile) -> Profile:
             responses=one.responses,
             max_new_tokens=one.max_new_tokens,
             fingerprints=tuple(sorted(one.fingerprints + other.fingerprints)),
+            origin=dict(one.origin.items() & other.origin.items()),
         ),
         groups=groups,
     )

@@ -7,27 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from voidprune.planning.budgets import format_layers
-from voidprune.report.commands import benchmark_command, bundle_path, evaluation_command, export_options, quoted_source
+from voidprune.report.commands import (
+    LIMITS,
+    benchmark_command,
+    bundle_path,
+    evaluation_command,
+    export_options,
+    heal_command,
+    probe_command,
+    profile_command,
+    quoted_source,
+)
 from voidprune.report.findings import Findings
 from voidprune.report.summary import whole_runner
 from voidprune.report.timings import read_timings
 from voidprune.schedule import LayerAction, schedule_hash
 
 Fact = tuple[str, str]
-
-_LIMITS = {
-    "keep_prefill": "--keep-prefill",
-    "keep_decode": "--keep-decode",
-    "max_bytes": "--max-bytes",
-    "max_kv_bytes_per_token": "--max-kv-bytes-per-token",
-    "max_prefill_flops": "--max-prefill-flops",
-    "max_decode_bytes": "--max-decode-bytes",
-    "protected": "--protect",
-    "dropped": "--drop-layers",
-    "phases": "--phases",
-    "seed": "--seed",
-}
-"""Keys of a schedule's origin that are options of `voidprune plan`."""
 
 
 def list_provenance(findings: Findings) -> list[Fact]:
@@ -107,25 +103,20 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
         return [findings.record.command, "voidprune report DIR -o report.html"], told
     commands = []
     model = quoted_source(findings)
-    if (profile := findings.profile) is not None:
-        responses = f"--responses {profile.calibration.responses}"
-        commands.append(
-            f"voidprune profile {model} -o DIR/profile.json --dataset DATASET {responses} --alpha {profile.lac.alpha:g}"
-            f" --max-new-tokens {profile.calibration.max_new_tokens or 64}"
-        )
-    if findings.schedule is not None and (plan := _plan_command(findings)) is not None:
+    if findings.profile is not None:
+        commands.append(profile_command(findings.profile, model))
+    manifest = findings.manifest
+    healing = None if manifest is None else manifest.healing
+    is_planned = healing is None or "rounds" not in healing.origin  # rounds of healing plan for themselves
+    if findings.schedule is not None and is_planned and (plan := _plan_command(findings)) is not None:
         commands.append(plan)
-    if (manifest := findings.manifest) is not None:
-        if manifest.healing is not None:
-            methods = " ".join(f"--method {method}" for method in manifest.healing.methods)
-            commands.append(
-                f"voidprune heal {model} --schedule DIR/schedule.json -o DIR/healed {methods} --dataset DATASET"
-            )
-            commands.append(f"voidprune export DIR/healed -o {bundle_path(findings)} {export_options(manifest)}")
+    if manifest is not None:
+        target = f"-o {bundle_path(findings)} {export_options(manifest)}"
+        if healing is not None:
+            commands.append(heal_command(healing, manifest.schedule, model))
+            commands.append(f"voidprune export DIR/healed {target}")
         else:
-            commands.append(
-                f"voidprune export {model} --schedule DIR/schedule.json -o {bundle_path(findings)} {export_options(manifest)}"
-            )
+            commands.append(f"voidprune export {model} --schedule DIR/schedule.json {target}")
     if (evaluation := findings.evaluation) is not None:
         limit = f" --max-new-tokens {evaluation['max_new_tokens']}"
         command = evaluation_command(findings)
@@ -146,16 +137,10 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
         )
         told = "".join(f" {option} {known[name]}" for name, option in options if name in known)
         commands.append(benchmark_command(findings) + told)
-    if (probe := findings.probe) is not None:
-        settings = probe["settings"]
-        tried = " ".join(f"--intervention {intervention}" for intervention in settings["interventions"])
-        scopes = " ".join(f"--scope {scope}" for scope in settings["scopes"])
-        commands.append(
-            f"voidprune probe {model} -o DIR/probe.json --tasks TASKS {tried} {scopes} --margin {settings['margin']:g} "
-            f"--max-new-tokens {settings['max_new_tokens']} --seed {settings['seed']}"
-        )
+    if findings.probe is not None:
+        commands.append(probe_command(findings.probe, model))
     commands.append("voidprune report DIR -o report.html")
-    about = "Put together from what the files say of themselves; DATASET and TASKS stand for data, whose names they do not hold."
+    about = "Put together from what the files say of themselves; DATASET and TASKS stand for data, of which they hold no paths."
     return commands, about
 
 
@@ -175,7 +160,7 @@ def _plan_command(findings: Findings) -> str | None:
         if schedule.prefill != schedule.decode or not whole:
             return None
         return f"{start} -o DIR/schedule.json --keep-layers {format_layers(kept)}{rest}"
-    told = "".join(f" {option} {shlex.quote(str(origin[key]))}" for key, option in _LIMITS.items() if key in origin)
+    told = "".join(f" {option} {shlex.quote(str(origin[key]))}" for key, option in LIMITS.items() if key in origin)
     if "goal" in origin:
         told = "".join(f" --{key.replace('_', '-')} {origin[key]}" for key in ("goal", "max_loss") if key in origin)
     elif criterion not in ("none", "explicit"):
