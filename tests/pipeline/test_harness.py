@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -10,15 +11,19 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'voidprune[eval]'")
 
 from click.testing import CliRunner
+from rich.console import Console
 
 from voidprune.cli import main
-from voidprune.errors import DatasetError
+from voidprune.errors import DatasetError, HealingError
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.harness import run_harness
+from voidprune.pipeline.heal import heal_model
 from voidprune.pipeline.models import open_model
+from voidprune.pipeline.samples import Answering
 from voidprune.pipeline.tasks import task_rows
 from voidprune.report.findings import describe
 from voidprune.schedule import dropped_schedule
+from voidprune.tables import harness_table
 
 pytestmark = pytest.mark.filterwarnings("default")  # what lm_eval and datasets warn of is theirs
 NUM_ITEMS = 6
@@ -125,3 +130,26 @@ def test_unknown_and_broken_tasks_are_named(tasks: Path) -> None:
         run_harness("demo", ["vp_choice"], include_path=tasks / "absent")
     with pytest.raises(DatasetError, match=r"lm_eval cannot load vp_broken: .*absent"):
         run_harness("demo", ["vp_broken"], include_path=tasks)
+
+
+def test_prompts_that_a_model_was_healed_with_are_refused(tasks: Path, tmp_path: Path) -> None:
+    """Where they are the same, token for token: asked in the chat template, without worked examples."""
+    checkpoint = open_model("demo")
+    schedule, dataset = dropped_schedule(checkpoint.identity, {9}), Answering(responses="dataset")
+    others = task_rows("yes-no", num_items=8, split="training")
+    rows = {"seen": [*task_rows("yes-no", num_items=1), *others], "unseen": others}
+    for name, used in rows.items():
+        heal_model(checkpoint, schedule, tmp_path / name, used, answering=dataset, device="cpu")
+    for task in ("vp_choice", "vp_generate"):
+        with pytest.raises(HealingError, match=f"1 of the 6 prompts of the lm_eval tasks {task} were trained on"):
+            run_harness(str(tmp_path / "seen"), [task], include_path=tasks, apply_chat_template=True, num_fewshot=0)
+    healed = run_harness(
+        str(tmp_path / "unseen"), ["vp_choice"], include_path=tasks, apply_chat_template=True, num_fewshot=0
+    )
+    assert healed.to_document()["num_compared_prompts"] == NUM_ITEMS
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(harness_table(healed.to_document()))
+    shown = " ".join(console.export_text().split())
+    assert "none of 6 prompts is, token for token, one that the model was healed with" in shown
+    whole = run_harness("demo", ["vp_rolling"], include_path=tasks)
+    assert whole.to_document()["num_compared_prompts"] is None

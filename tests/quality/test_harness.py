@@ -143,3 +143,22 @@ def test_likelihoods_are_those_of_the_schedule(boundary: Boundary) -> None:
         assert second[1] is (lm._encode_pair(*pairs[1])[1] == generated)
         found.append(first[0])
     assert found[0] != pytest.approx(found[1], abs=0.01)
+
+
+def test_contexts_are_shown_before_they_are_run() -> None:
+    """As they are asked, before any is cut; those without words are not."""
+    shown: list[str] = []
+    runner = Recorder(generated=[*ENDS])
+    model = adapter(runner, check_prompts=lambda prompts: shown.extend(map(text_of, prompts)))
+    model.loglikelihood(requests(("Ann likes", " tea"), ("", "Ann")), disable_tqdm=True)
+    model.loglikelihood_rolling(requests(("Ann likes tea.",)), disable_tqdm=True)
+    model.generate_until(requests(("Ben", {"max_gen_toks": 2}), ("", {"max_gen_toks": 2})), disable_tqdm=True)
+    assert [text.strip() for text in shown] == ["Ann likes", "Ben"]
+
+    def refuse(_prompts: Sequence[Sequence[int]]) -> None:
+        raise DatasetError("seen")
+
+    untouched = Recorder()
+    with pytest.raises(DatasetError, match="seen"):
+        adapter(untouched, check_prompts=refuse).generate_until(requests(("Ben", {})), disable_tqdm=True)
+    assert untouched.seen == []

@@ -52,6 +52,14 @@ def test_overlap_with_the_data_of_healing_is_said_to_be_checked_or_not(tmp_path:
     told = "\n".join(find_caveats(findings))
     assert "Overlap was checked" in told
     assert "Overlap was not checked for the tasks of lm_eval" in told
+    for compared, sentence in (
+        (8, "none of their 8 prompts is, token for token, among the 1 that"),
+        (0, "not checked"),
+    ):
+        harness = {**(findings.harness or {}), "num_compared_prompts": compared}
+        told = "\n".join(find_caveats(replace(findings, harness=harness)))
+        assert sentence in told
+        assert ("Overlap was not checked" in told) is (compared == 0)
     assert "Overlap" not in "\n".join(find_caveats(replace(findings, manifest=MANIFEST)))
     source = {**(findings.evaluation or {}), "model": MANIFEST.source}
     told = "\n".join(find_caveats(replace(findings, evaluation=source, harness=None)))

@@ -177,9 +177,15 @@ def evaluate_checkpoint(
 
 def check_never_healed_with(checkpoint: Checkpoint, samples: Sequence[Sample], *, dataset: str) -> None:
     """Raise HealingError where a bundle was healed with items that it is to be evaluated on."""
+    trained = healed_prompts(checkpoint)
+    if trained is not None:
+        check_disjoint(trained, [sample.prompt for sample in samples], what=dataset)
+
+
+def healed_prompts(checkpoint: Checkpoint) -> frozenset[str] | None:
+    """Hashes of the prompts that a bundle was healed with: see `training_data.prompt_hash`. None where it was not healed."""
     healing = read_manifest(checkpoint.folder).healing if is_bundle(checkpoint.folder) else None
-    if healing is not None:
-        check_disjoint(healing.prompts, [sample.prompt for sample in samples], what=dataset)
+    return None if healing is None else frozenset(healing.prompts)
 
 
 def open_runners(

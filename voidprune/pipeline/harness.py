@@ -13,8 +13,9 @@ import numpy as np
 import voidprune
 from voidprune import artifacts
 from voidprune.errors import DatasetError, MissingExtraError
+from voidprune.healing.training_data import check_disjoint
 from voidprune.models.pretrained import end_tokens, load_tokenizer
-from voidprune.pipeline.evaluation import WHOLE, open_runners
+from voidprune.pipeline.evaluation import WHOLE, healed_prompts, open_runners
 from voidprune.pipeline.models import open_model, whole_identity
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.quality.statistics import (
@@ -51,7 +52,8 @@ class TaskResult:
 class HarnessReport:
     """Results by runner and task, whole model first. `num_cut` requests of each had their context cut on the left to fit.
 
-    `model_fingerprint` is that of the whole model: see `schedule.ModelIdentity`.
+    `model_fingerprint` is that of the whole model: see `schedule.ModelIdentity`. `num_compared` of the tasks' prompts were looked
+    for among those that the bundle was healed with, and are not there, token for token; None of what was not healed.
     """
 
     model: str
@@ -61,6 +63,7 @@ class HarnessReport:
     results: Mapping[str, Mapping[str, TaskResult]]
     num_cut: Mapping[str, int]
     harness_version: str
+    num_compared: int | None = None
 
     @property
     def judged(self) -> str:
@@ -83,6 +86,7 @@ class HarnessReport:
             "model_fingerprint": self.model_fingerprint,
             "schedule_hash": None if self.schedule is None else schedule_hash(self.schedule),
             "settings": dict(self.settings),
+            "num_compared_prompts": self.num_compared,
             "runners": [
                 {
                     "name": name,
@@ -150,7 +154,7 @@ def run_harness(
     """Run tasks of lm_eval on everything that can be run of a bundle or model: `pipeline.evaluation.open_runners`.
 
     `include_path` is a folder with more tasks. Raises MissingExtraError, DatasetError (a task is unknown or its data cannot be
-    read), and what `open_runners` raises.
+    read), HealingError where a bundle was healed with a prompt of a task, token for token, and what `open_runners` raises.
     """
     try:
         import lm_eval
@@ -174,6 +178,14 @@ def run_harness(
     runners, judged_schedule = open_runners(
         checkpoint, schedule=schedule, baseline=None if baseline is None else open_model(baseline), provider=provider
     )
+    trained, compared = healed_prompts(checkpoint), set[tuple[int, ...]]()
+
+    def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+        if trained is not None:
+            found = {tuple(prompt) for prompt in prompts}
+            check_disjoint(trained, sorted(found), what=f"the lm_eval tasks {', '.join(names)}")
+            compared.update(found)
+
     results: dict[str, dict[str, TaskResult]] = {}
     num_cut: dict[str, int] = {}
     for label, opened in runners.items():
@@ -186,6 +198,7 @@ def run_harness(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 on_progress=advance,
+                check_prompts=check_prompts,
             )
             outcome = lm_eval.evaluate(
                 model,
@@ -212,6 +225,7 @@ def run_harness(
         results=results,
         num_cut=num_cut,
         harness_version=lm_eval.__version__,
+        num_compared=None if trained is None else len(compared),
     )
 
 

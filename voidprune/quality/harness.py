@@ -38,8 +38,11 @@ class PhasedLM(TemplateLM):  # type: ignore[misc]
         max_new_tokens: int = 256,
         batch_size: int = 32,
         on_progress: Callable[[int], None] = lambda _requests: None,
+        check_prompts: Callable[[Sequence[Tokens]], None] = lambda _prompts: None,
     ) -> None:
-        """`max_new_tokens` is for tasks that name no length of their own."""
+        """`max_new_tokens` is for tasks that name no length of their own. `check_prompts` sees contexts, whole, before they are
+        run, and may raise. Plain text, which has none, and empty contexts are not among them.
+        """
         super().__init__()
         self.runner = runner
         self.tokenizer = tokenizer
@@ -48,6 +51,7 @@ class PhasedLM(TemplateLM):  # type: ignore[misc]
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.on_progress = on_progress
+        self.check_prompts = check_prompts
         self.num_cut = 0
 
     @property
@@ -93,6 +97,7 @@ class PhasedLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
+        self.check_prompts([context for _, context, _ in requests if context not in ([], [self.prefix_token_id])])
         return self._score([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -142,6 +147,7 @@ class PhasedLM(TemplateLM):  # type: ignore[misc]
         results: dict[int, str] = {}
         settings = [self._generation_settings(request.args[1]) for request in requests]
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        self.check_prompts([prompt for prompt in prompts if prompt != [self.prefix_token_id]])
         for length in sorted({longest for _, longest in settings}):
             if length >= self.max_length:
                 raise ContextLengthError(

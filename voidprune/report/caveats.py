@@ -104,8 +104,13 @@ def _of_healing(findings: Findings) -> list[str]:
             "had refused."
         )
     if findings.harness is not None:
+        compared = findings.harness.get("num_compared_prompts")
         found.append(
-            "Overlap was not checked for the tasks of lm_eval: their prompts may be among those it was healed with."
+            f"Overlap was checked for the tasks of lm_eval as far as that goes: none of their {compared} prompts is, token for "
+            f"token, among the {count} that it was healed with. The same items in another template or behind worked examples are "
+            "not found."
+            if compared
+            else "Overlap was not checked for the tasks of lm_eval: their prompts may be among those it was healed with."
         )
     return found
 

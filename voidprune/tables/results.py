@@ -93,10 +93,16 @@ def harness_table(document: Mapping[str, Any]) -> Group:
     runners: Sequence[Mapping[str, Any]] = document["runners"]
     last = runners[-1]
     cut = sum(runner["num_cut_contexts"] for runner in runners)
-    table = Table(
-        title=f"lm_eval on {document['model']}",
-        caption="95 % intervals" + (f"; {cut} contexts were cut on the left to fit" if cut else ""),
-    )
+    notes = ["95 % intervals"]
+    if cut:
+        notes.append(f"{cut} contexts were cut on the left to fit")
+    if (compared := document.get("num_compared_prompts")) is not None:
+        notes.append(
+            f"none of {compared} prompts is, token for token, one that the model was healed with"
+            if compared
+            else "no prompt could be compared with those that the model was healed with"
+        )
+    table = Table(title=f"lm_eval on {document['model']}", caption="; ".join(notes))
     against = Table(title=f"{last['name']} against the whole model, item by item")
     table.add_column("task, metric", overflow="fold")
     for runner in runners:
