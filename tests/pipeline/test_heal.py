@@ -390,6 +390,37 @@ def test_several_processes_train_and_one_writes(schedule: Schedule, tmp_path: Pa
     assert document["healing"]["held_out"]["after"] == pytest.approx(plain.held_out.after, rel=1e-2)
 
 
+NOTED = """
+import os, sys
+from pathlib import Path
+from voidprune.cli import main
+from voidprune.pipeline import heal
+
+export_bundle = heal.export_bundle
+
+def noted(*arguments, **options):
+    with Path("writers").open("a") as file:
+        file.write(os.environ["RANK"])
+    return export_bundle(*arguments, **options)
+
+heal.export_bundle = noted
+main()
+"""
+
+
+@pytest.mark.parametrize("what", ["--schedule schedule.json", "--rounds 2 --keep 0.75 --phases shared"])
+def test_of_several_processes_one_fits_and_writes(schedule: Schedule, tmp_path: Path, what: str) -> None:
+    write_schedule(schedule, tmp_path / "schedule.json")
+    (tmp_path / "noted.py").write_text(NOTED)
+    command = f"noted.py heal demo {what} -o out --method linear --dataset demo --num-samples 8 --device cpu --json"
+    done = subprocess.run(
+        [sys.executable, *launcher(), *command.split()], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "voidprune.json").read_bytes())
+    assert (tmp_path / "writers").read_text() == "0"
+
+
 def test_trainings_that_cannot_begin_are_refused_before_anything_is_done(
     schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -188,19 +189,24 @@ def heal_model(
 
     `dataset` is what the rows are called, and `num_samples` how many of them were asked for: both for the record.
 
-    Started by the launcher of accelerate, all processes train, and the first does all else. Raises every VoidpruneError of the way.
+    Started by the launcher of accelerate, all processes train, and the first does all else: the whole of a fit. Raises
+    every VoidpruneError of the way.
     """
     artifacts.check_output_folder(folder, overwrite=overwrite, marker=manifests.FILE)
     schedule.check_model(checkpoint.identity, place="the schedule")
     _check_healable(checkpoint, schedule, methods, rounds)
     device = device or default_device()
     dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    trains = "distill" in methods
     accelerator = None
-    if "distill" in methods:
-        accelerator = _open_processes(device, dtype, distill_settings)
+    if trains or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        accelerator = _open_processes(device, dtype, distill_settings if trains else None)
         device = str(accelerator.device)
         if not accelerator.is_main_process:
             track = untracked
+            if not trains:  # there is nothing to share
+                accelerator.wait_for_everyone()
+                return manifests.read_manifest(folder)
     samples = prepare_samples(checkpoint, rows, answering, dtype=dtype, device=device, track=track)
     _, held_out = hold_out(samples, share=HELD_OUT)
     training = folder.with_name(folder.name + ".training")
@@ -226,7 +232,7 @@ def heal_model(
             states.append(patient.state)
     else:
         for number, budget in enumerate(rounds.budgets, start=1):
-            pruned = _prune(patient, budget, training / f"round-{number}", accelerator)
+            pruned = _prune(patient, budget, training / f"round-{number}", accelerator if trains else None)
             if pruned.schedule.actions_equal(patient.schedule):  # more rounds than layers
                 continue
             patient = pruned
@@ -307,11 +313,14 @@ def _prune(patient: Patient, budget: Budget, training: Path, accelerator: Accele
     return replace(patient, schedule=schedule, training=training)
 
 
-def _open_processes(device: str, dtype: str, settings: DistillSettings) -> Accelerator:
-    """Raise HealingError or MissingExtraError where a training could not begin, before anything was done for it."""
-    if dtype == "fp16":
+def _open_processes(device: str, dtype: str, settings: DistillSettings | None) -> Accelerator:
+    """Raise HealingError or MissingExtraError where a training could not begin, before anything was done for it.
+
+    `settings` are None where nothing is trained.
+    """
+    if settings is not None and dtype == "fp16":
         raise HealingError("nothing is trained in fp16: gradients vanish", hint="add --dtype fp32 or bf16")
-    if settings.parameters is Parameters.LORA:
+    if settings is not None and settings.parameters is Parameters.LORA:
         require_peft()
     accelerator = open_accelerator(on_cpu=device == "cpu")
     index = torch.device(device).index
