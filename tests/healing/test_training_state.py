@@ -91,6 +91,8 @@ def test_state_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="begun by another run, with another extra, seed") as caught:
         read_state(tmp_path, key={**KEY, "seed": 1, "extra": 1})
     assert "remove the file" in str(caught.value.hint)
+    assert read_state(tmp_path, key={**KEY, "seed": 1}, overwrite=True) is None
+    assert read_state(tmp_path, key=KEY, overwrite=True) is not None, "of the same run"
 
 
 @pytest.mark.parametrize("content", [b"", b"no header", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])

@@ -19,7 +19,7 @@ from tests.conftest import GetModel
 from tests.several_processes import environment, launcher
 from tests.tiny_models import build_model
 from voidprune import artifacts
-from voidprune.errors import DatasetError, HealingError, MissingExtraError, OutputError, ScheduleError
+from voidprune.errors import ArtifactError, DatasetError, HealingError, MissingExtraError, OutputError, ScheduleError
 from voidprune.execution.manifest import Manifest, is_bundle, read_manifest
 from voidprune.healing.settings import DistillSettings, Parameters
 from voidprune.healing.training_data import prompt_hash
@@ -329,6 +329,28 @@ def test_process_that_was_killed_ends_in_the_same_bytes(schedule: Schedule, tmp_
 
 class KilledError(Exception):
     pass
+
+
+def test_with_overwrite_what_another_run_left_is_no_obstacle(schedule: Schedule, tmp_path: Path) -> None:
+    """Other settings begin anew, and nothing of either run stays; the same settings go on."""
+
+    def killed(measurement: Measurement) -> None:
+        if measurement.step == 8:
+            raise KilledError
+
+    folder, seen = tmp_path / "out", list[int]()
+    with pytest.raises(KilledError):
+        distilled(schedule, folder, "distill", report=killed)
+    assert (tmp_path / "out.training" / "training.safetensors").is_file()
+    other = replace(SHORT, seed=1)
+    with pytest.raises(ArtifactError, match="begun by another run") as caught:
+        distilled(schedule, folder, "distill", settings=other)
+    assert "--overwrite" in str(caught.value.hint)
+    with pytest.raises(KilledError):
+        distilled(schedule, folder, "distill", settings=other, overwrite=True, report=killed)
+    distilled(schedule, folder, "distill", settings=other, overwrite=True, report=lambda found: seen.append(found.step))
+    assert seen == [12], "what was left by these settings is taken up"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_rounds_choose_on_what_was_healed_and_go_on_where_they_were_killed(schedule: Schedule, tmp_path: Path) -> None:

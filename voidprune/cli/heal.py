@@ -178,7 +178,8 @@ def heal(
     linear: the projections of the layers that stay are fitted, in closed form, to what the whole model does; minutes, no training.
 
     distill: the layers that stay are trained to answer as the whole model does, each token in its phase. The state is kept beside
-    the output: the same command goes on where it was killed. Several GPUs: accelerate launch --multi_gpu -m voidprune heal ...
+    the output: the same command goes on where it was killed, another one is refused or, with --overwrite,
+    begins anew. Several GPUs: accelerate launch --multi_gpu -m voidprune heal ...
 
     \b
       voidprune heal MODEL --schedule schedule.json -o healed --dataset prompts.jsonl

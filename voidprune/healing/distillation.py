@@ -84,6 +84,7 @@ def distill(
     *,
     settings: DistillSettings = DistillSettings(),  # noqa: B008  a frozen value
     folder: Path,
+    overwrite: bool = False,
     track: Track | None = None,
     report: Callable[[Measurement], None] = lambda _measurement: None,
 ) -> Distilled:
@@ -94,7 +95,7 @@ def distill(
     student is used up: what counts is what is returned, in every process the same.
 
     Raises HealingError, DatasetError where a sample has no response, MissingExtraError, ArtifactError where the folder holds the
-    state of another run, OutputError.
+    state of another run (with `overwrite` it is replaced), OutputError.
     """
     require_responses(samples)
     training, held_out = hold_out(samples, share=settings.held_out)
@@ -134,7 +135,7 @@ def distill(
         )
         run = Training(lesson, trainable, settings, (taught, slim_schedule), training, held_out, folder, report)
         with checkpointed(student) if settings.checkpointing else nullcontext():
-            progress, best, stopped = run.run(key, track or _untracked)
+            progress, best, stopped = run.run(key, track or _untracked, overwrite=overwrite)
         trainable.load(best)
         state = trainable.merge()
         loss_after = lesson.measure(held_out, slim_schedule)

@@ -62,10 +62,12 @@ class Training:
             betas=(0.9, 0.98),
         )
 
-    def run(self, key: Mapping[str, Any], track: Track) -> tuple[Progress, Mapping[str, Tensor], str]:
-        """(how far it came, the best weights, why it ended there), from where the folder says."""
+    def run(
+        self, key: Mapping[str, Any], track: Track, *, overwrite: bool
+    ) -> tuple[Progress, Mapping[str, Tensor], str]:
+        """(how far it came, the best weights, why it ended there), from where the folder says: see `read_state`."""
         self.clock = time.monotonic()
-        state = read_state(self.folder, key=key)
+        state = read_state(self.folder, key=key, overwrite=overwrite)
         if state is None:
             progress = Progress(json.loads(json.dumps(key)))
             best = self._look(progress, {}, training_loss=None)

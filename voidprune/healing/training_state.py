@@ -98,8 +98,11 @@ def write_state(
         os.replace(temporary, target)
 
 
-def read_state(folder: Path, *, key: Mapping[str, Any]) -> TrainingState | None:
-    """What was written last, or None. Raises ArtifactError where it is broken or of another run."""
+def read_state(folder: Path, *, key: Mapping[str, Any], overwrite: bool = False) -> TrainingState | None:
+    """What was written last, or None. Raises ArtifactError where it is broken, or of another run.
+
+    With `overwrite`, that of another run is as none: what is written next replaces it.
+    """
     path = folder / FILE
     if not path.exists():
         return None
@@ -115,10 +118,12 @@ def read_state(folder: Path, *, key: Mapping[str, Any]) -> TrainingState | None:
         ) from error
     expected = json.loads(json.dumps(key))
     if progress.key != expected:
+        if overwrite:
+            return None
         names = sorted(name for name in {*expected, *progress.key} if expected.get(name) != progress.key.get(name))
         raise ArtifactError(
             f"{path} was begun by another run, with another {', '.join(names)}",
-            hint="repeat that run to finish it, or remove the file to begin anew",
+            hint="repeat that run to finish it, or begin anew: remove the file, or add --overwrite",
         )
 
     def part(kind: str) -> dict[str, Tensor]:

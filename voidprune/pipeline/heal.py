@@ -63,6 +63,7 @@ class Patient:
     batch_size: int
     track: Track
     training: Path
+    overwrite: bool
     distill_settings: DistillSettings
     report: Callable[[Measurement], None]
 
@@ -107,6 +108,7 @@ def _teach(patient: Patient) -> Treatment:
         _agree(accelerator, patient.samples),
         settings=settings,
         folder=patient.training,
+        overwrite=patient.overwrite,
         track=patient.track,
         report=patient.report,
     )
@@ -181,7 +183,8 @@ def heal_model(
     What is not better on held-out samples is not kept; the record in the manifest says what came of the methods up to the last one
     that is. The folder is verified before it is published.
 
-    A training keeps its state in `<folder>.training` until the bundle stands: the same call takes it up again where it was killed.
+    A training keeps its state in `<folder>.training` until the bundle stands: the same call takes it up again where it was killed;
+    another one is refused, or with `overwrite` begins anew.
     What is held out is the same for all methods, whatever `distill_settings` say, and `report` is told what a training measures.
 
     With `rounds` the schedule is where they begin: each leaves out more, chosen on the model as the rounds before healed it, and
@@ -220,6 +223,7 @@ def heal_model(
         answering.batch_size,
         track,
         training,
+        overwrite,
         distill_settings,
         report,
     )
