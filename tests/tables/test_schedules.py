@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from tests.tables import numbers_broken_off, render, wide_profile, wide_schedule
 from voidprune.pipeline.planning import FreePart
+from voidprune.planning.budgets import Budget
+from voidprune.planning.planner import plan_schedule
 from voidprune.quality.noninferiority import Comparison, Loss
-from voidprune.tables import costs_table, free_part_table, schedule_table
+from voidprune.schedule import read_schedule, write_schedule
+from voidprune.tables import costs_table, describe_origin, free_part_table, schedule_table
 
 
 @pytest.mark.parametrize("num_layers", [4, 32, 80])
@@ -35,3 +39,15 @@ def test_what_is_free_with_many_tasks_of_long_names() -> None:
     assert text.count("100.00%") == 3 * 6
     assert text.count("123.46%") == 3 * 6
     assert not numbers_broken_off(text)
+
+
+def test_a_schedule_is_called_the_same_before_and_after_it_was_written(tmp_path: Path) -> None:
+    """Files have their keys in another order than the planner."""
+    profile = wide_profile(4)
+    budget = Budget(keep_prefill=0.5, keep_decode=0.75, protected=frozenset({1}))
+    planned = plan_schedule(profile.model, profile, criterion="lac", budget=budget)
+    write_schedule(tmp_path / "schedule.json", planned)
+    read = read_schedule(tmp_path / "schedule.json")
+    assert list(read.origin) != list(planned.origin)
+    assert describe_origin(read) == describe_origin(planned)
+    assert describe_origin(planned).startswith("criterion lac, alpha 0.8, keep decode 0.75, keep prefill 0.5, phases ")

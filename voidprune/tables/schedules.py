@@ -37,7 +37,9 @@ def _actions_table(schedule: Schedule) -> Table:
 
 
 def describe_origin(schedule: Schedule) -> str:
-    told = (f"{name.replace('_', ' ')} {value}" for name, value in schedule.origin.items() if name != "calibration")
+    """The criterion first, then by name: the same whether the schedule was just planned or read from a file."""
+    names = sorted(schedule.origin.keys() - {"calibration"}, key=lambda name: (name != "criterion", name))
+    told = (f"{name.replace('_', ' ')} {schedule.origin[name]}" for name in names)
     return ", ".join(told) or "schedule"
 
 
