@@ -61,6 +61,7 @@ LIGHT_MODULES = (
     "execution.manifest",
     "profiling.profile",
     "profiling.calibration",
+    "pipeline.plan",
 )
 # `objectives` runs models, so it is not among them.
 EXCEPTIONS = ("planning.objectives",)

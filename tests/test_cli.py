@@ -636,6 +636,19 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.parametrize("options", [("--drop-layers", "3,4"), ("--keep", "0.5", "--criterion", "lac")])
+def test_planning_from_a_profile_needs_neither_torch_nor_transformers(results: Path, options: tuple[str, ...]) -> None:
+    arguments = ["plan", str(results / "profile.json"), "--dry-run", "--json", *options]
+    script = (
+        "import sys\nfrom voidprune.cli import main\n"
+        f"main({arguments!r}, standalone_mode=False)\n"
+        "sys.exit(', '.join(name for name in ('torch', 'transformers') if name in sys.modules) or 0)"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["schedule"]["origin"]["criterion"] in ("explicit", "lac")
+
+
 def test_a_family_without_graphs_is_exported_as_a_checkpoint(tmp_path: Path) -> None:
     from tests.tiny_models import build_model
 

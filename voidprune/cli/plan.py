@@ -67,14 +67,18 @@ def plan(
     from voidprune.models.sizes import measure_sizes
     from voidprune.pipeline.models import open_model
     from voidprune.pipeline.plan import plan_from_model, plan_from_profile
-    from voidprune.pipeline.probe import read_harmless_depths
     from voidprune.profiling.profile import read_profile
     from voidprune.schedule import write_schedule
 
     target = output_target(output, dry_run=dry_run)
     if target is not None:
         artifacts.check_output_file(target, overwrite=overwrite)
-    request = plan_request(**options, probe=None if from_probe is None else read_harmless_depths(from_probe))
+    probe = None
+    if from_probe is not None:
+        from voidprune.pipeline.probe import read_harmless_depths
+
+        probe = read_harmless_depths(from_probe)
+    request = plan_request(**options, probe=probe)
     if Path(source).is_file():
         if profile_file is not None:
             raise click.UsageError("--profile goes with a MODEL; a profile is given already")

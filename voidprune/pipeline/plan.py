@@ -1,21 +1,21 @@
-"""What a user asks a schedule to be, and the schedule: by ranking, by search, by a bound on loss, or layer by layer."""
+"""What a user asks a schedule to be, and the schedule: by ranking, by search, by a bound on loss, or layer by layer.
+
+What runs a model is imported where it is used: a ranking needs none, and so neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from voidprune.demo.tasks import TASKS
 from voidprune.errors import BudgetError
 from voidprune.journal import Journal
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.sizes import ModelSizes
-from voidprune.pipeline.planning import FreePart, find_free_schedule, propose_schedules, search_budget
-from voidprune.pipeline.probe import HarmlessDepths
-from voidprune.pipeline.profile import profile_model
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.pipeline.tasks import find_rows
-from voidprune.pipeline.trials import Trials, open_trials
 from voidprune.planning.budgets import Budget
 from voidprune.planning.criteria import find_criterion
 from voidprune.planning.planner import explicit_schedule, plan_schedule, probed_schedule
@@ -23,6 +23,11 @@ from voidprune.planning.search import SEARCHES
 from voidprune.profiling.calibration import Row, default_rows
 from voidprune.profiling.profile import Profile
 from voidprune.schedule import Boundary, ModelIdentity, Schedule, full_schedule
+
+if TYPE_CHECKING:
+    from voidprune.pipeline.planning import FreePart
+    from voidprune.pipeline.probe import HarmlessDepths
+    from voidprune.pipeline.trials import Trials
 
 NUM_JUDGING = 400
 """Items to judge a goal by, of a file or of each task: enough to exclude a loss of 1 % where one or two are lost."""
@@ -180,6 +185,8 @@ def plan_from_model(
     key = {**trials.key, "criterion": criterion, "goal": str(request.goal)}
     with Journal(output, key=key, overwrite=overwrite) as journal:
         if request.is_free:
+            from voidprune.pipeline.planning import find_free_schedule
+
             free = find_free_schedule(
                 trials,
                 goal=request.goal or "balanced",
@@ -204,6 +211,8 @@ def open_trials_for(
     judges: bool = True,
     track: Track = untracked,
 ) -> Trials:
+    from voidprune.pipeline.trials import open_trials
+
     return open_trials(
         checkpoint,
         calibrated.rows(),
@@ -228,6 +237,8 @@ def _search(
     journal: Journal,
     track: Track,
 ) -> Schedule:
+    from voidprune.pipeline.planning import propose_schedules, search_budget
+
     proposals = propose_schedules(trials, profile, request.budget, seed=request.seed)
     found = search_budget(
         trials,
@@ -268,6 +279,8 @@ def _plan_ranked(request: PlanRequest, model: ModelIdentity, profile: Profile | 
 
 
 def make_profile(calibrated: Calibrated, checkpoint: Checkpoint, track: Track) -> Profile:
+    from voidprune.pipeline.profile import profile_model
+
     context = checkpoint.architecture.context_length
     return profile_model(
         checkpoint,
