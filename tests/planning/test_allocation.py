@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from voidprune.errors import BudgetError
 from voidprune.models.sizes import LayerSizes, ModelSizes
-from voidprune.planning.allocation import CHOICES, allocate_layers
+from voidprune.planning.allocation import CHOICES, allocate_layers, silent_stdout
 from voidprune.planning.budgets import Budget, spent
+from voidprune.planning.planner import plan_schedule
 from voidprune.schedule import (
     Boundary,
     LayerAction,
@@ -208,3 +210,28 @@ def test_protected_layers_run_whole_whatever_they_score() -> None:
     with pytest.raises(BudgetError, match="no schedule is within") as caught:
         allocate_layers(scores, full, Budget(max_bytes=250, protected=frozenset({0, 1, 2})), sizes)
     assert caught.value.hint == "the nearest that there is: 350 bytes"
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    """With these sizes and limits HiGHS 1.12, which scipy 1.17 has, prints a line of its own debugging."""
+    kinds = {
+        "a": LayerSizes(825687637, 918056237, 167205859, 195875028, 191132980, 9762372, 76086250),
+        "b": LayerSizes(1042920208, 516363603, 57935037, 761117892, 175970493, 16004440, 189941742),
+    }
+    layers = tuple(kinds[kind] for kind in "ababbbbabbaaaababbabaaabaabbbbba")
+    sizes = ModelSizes(layers, 10**9, 10**9, 10**8, 4096, 8192)
+    budget = Budget(max_bytes=13745240532, max_decode_bytes=9026025823, max_kv_bytes_per_token=77970)
+    found = plan_schedule(identity(32), None, criterion="last-n", budget=budget, sizes=sizes)
+    assert spent(found, sizes)["bytes"] <= 13745240532
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == ""
+
+
+def test_only_the_solver_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    library = ctypes.CDLL(None)
+    library.puts(b"before")
+    with silent_stdout():
+        library.puts(b"within")
+    library.puts(b"after")
+    library.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"

@@ -6,7 +6,10 @@ maximised; what each choice saves is read off `planning.costs`, so that no cost 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -206,17 +209,41 @@ def _solve(
         left = (limits[name] - case.whole[name]) / unit
         row = [*(change // unit for change in changes), -case.limits[name] / unit]
         constraints.append(LinearConstraint(np.array([row]), -np.inf, left if slack else math.floor(left)))
-    found = milp(
-        np.append(-values, 1.0),
-        integrality=np.append(np.ones(num_variables - 1), 0),
-        bounds=Bounds(0, np.append(case.allowed.ravel().astype(float), np.inf if slack else 0.0)),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0},
-    )
+    with silent_stdout():
+        found = milp(
+            np.append(-values, 1.0),
+            integrality=np.append(np.ones(num_variables - 1), 0),
+            bounds=Bounds(0, np.append(case.allowed.ravel().astype(float), np.inf if slack else 0.0)),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
     if found.status != _SOLVED:
         return None
     best = found.x[:-1].reshape(case.allowed.shape).argmax(axis=1)
     return [CHOICES[choice] for choice in best]
+
+
+@contextlib.contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Nothing that C code prints to stdout in the block arrives there.
+
+    HiGHS, as scipy 1.17 has it, prints a line of its own debugging, whatever it is told: github.com/ERGO-Code/HiGHS/issues/2783.
+    """
+    c_library = ctypes.CDLL(None)
+    try:
+        stdout = os.dup(1)
+    except OSError:  # closed: nothing arrives anyway
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            c_library.fflush(None)  # what was printed before the block
+            os.dup2(nowhere.fileno(), 1)
+            yield
+    finally:
+        c_library.fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _build(full: Schedule, runs: Sequence[Runs]) -> Schedule:
