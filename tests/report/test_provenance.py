@@ -209,3 +209,25 @@ def test_a_comparison_or_probe_names_the_model(findings: Findings, kind: str) ->
         document = {**(findings.comparison or {}), "model": {"name": "small"}}
     alone = replace(Findings(*[None] * 6), **{kind: document})
     assert list_missing(alone)[0][1] == "voidprune profile small -o DIR/profile.json"
+
+
+def test_an_evaluation_is_told_with_its_items(findings: Findings) -> None:
+    """Of tasks that ship with the package as many of each, of a file the first ones."""
+    assert findings.evaluation is not None
+    whole, judged = findings.evaluation["runners"]
+    tasks = dict.fromkeys(("sorting", "yes-no"), judged["accuracy"]["sorting"])
+    evaluation = {**findings.evaluation, "num_items": 4, "runners": [whole, {**judged, "accuracy": tasks}]}
+    for dataset, named, count in (("demo", "demo", 2), ("mine.jsonl", "TASKS", 4)):
+        commands, _ = list_commands(replace(findings, evaluation={**evaluation, "dataset": dataset}))
+        told = parsed(next(command for command in commands if " eval " in command))
+        assert (told["tasks"], told["num_samples"]) == (named, count)
+
+
+def test_what_was_healed_and_not_exported_is_only_healed(findings: Findings) -> None:
+    healed = replace(MANIFEST, healing=HEALING, graphs={})
+    commands, _ = list_commands(replace(findings, manifest=healed, bundle="better"))
+    assert not any(" export " in command for command in commands)
+    heal = next(command for command in commands if " heal " in command)
+    assert "-o DIR/better " in heal
+    exported, _ = list_commands(replace(findings, manifest=replace(healed, graphs=MANIFEST.graphs), bundle="slim"))
+    assert any(command.startswith("voidprune export DIR/healed -o DIR/slim") for command in exported)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ def profile_command(profile: Profile, model: str) -> str:
     return f"voidprune profile {model} -o DIR/profile.json{_options(found)}"
 
 
-def heal_command(healing: Healing, schedule: Schedule, model: str) -> str:
-    """With rounds, the schedule is what they came to; else it is what was healed."""
+def heal_command(healing: Healing, schedule: Schedule, model: str, *, folder: str = "DIR/healed") -> str:
+    """With rounds, the schedule is what they came to; else it is what was healed. `model` and `folder` as a shell takes them."""
     origin, training = healing.origin, healing.settings.get("distill", {})
     loss = training.get("loss", {})
     is_lora = training.get("parameters") == "lora"
@@ -120,7 +120,13 @@ def heal_command(healing: Healing, schedule: Schedule, model: str) -> str:
         "--seed": training.get("seed"),
         "--dtype": origin.get("dtype"),
     }
-    return f"voidprune heal {model} -o DIR/healed{_options(found)}"
+    return f"voidprune heal {model} -o {folder}{_options(found)}"
+
+
+def task_options(evaluation: Mapping[str, Any]) -> str:
+    """On what was evaluated, of a `voidprune.evaluation` document."""
+    counts = [task["num_items"] for task in evaluation["runners"][-1]["accuracy"].values()]
+    return _options(_tasks(str(evaluation["dataset"]), total=evaluation["num_items"], of_each=counts)).strip()
 
 
 def probe_command(probe: Mapping[str, Any], model: str) -> str:
@@ -129,8 +135,7 @@ def probe_command(probe: Mapping[str, Any], model: str) -> str:
     counts = [task["num_items"] for task in probe["whole"].values()]
     depths = {point["depth"] for result in probe["results"] for point in result["points"]}
     found = {
-        "--tasks": "TASKS" if _is_file(dataset) else dataset,
-        "--num-samples": sum(counts) if _is_file(dataset) else max(counts, default=0),
+        **_tasks(dataset, total=sum(counts), of_each=counts),
         "--intervention": settings["interventions"],
         "--scope": settings["scopes"],
         "--depths": format_layers(depths) if len(depths) < probe["model"]["num_layers"] else None,
@@ -146,6 +151,13 @@ def probe_command(probe: Mapping[str, Any], model: str) -> str:
 def _is_file(dataset: str) -> bool:
     """Whether data is called by the name of a file, whose folder is not known: tasks that ship with the package have no suffix."""
     return bool(Path(dataset).suffix)
+
+
+def _tasks(dataset: str, *, total: int, of_each: Sequence[int]) -> dict[str, Any]:
+    """Of a file the first items were used, of tasks that ship with the package as many of each."""
+    if _is_file(dataset):
+        return {"--tasks": "TASKS", "--num-samples": total}
+    return {"--tasks": dataset, "--num-samples": max(of_each, default=total)}
 
 
 def _dataset(name: Scalar | None) -> str | None:

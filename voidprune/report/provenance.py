@@ -17,6 +17,7 @@ from voidprune.report.commands import (
     probe_command,
     profile_command,
     quoted_source,
+    task_options,
 )
 from voidprune.report.findings import Findings
 from voidprune.report.summary import whole_runner
@@ -112,14 +113,16 @@ def list_commands(findings: Findings) -> tuple[list[str], str]:
         commands.append(plan)
     if manifest is not None:
         target = f"-o {bundle_path(findings)} {export_options(manifest)}"
-        if healing is not None:
+        if healing is not None and not manifest.graphs:  # as it was healed
+            commands.append(heal_command(healing, manifest.schedule, model, folder=bundle_path(findings)))
+        elif healing is not None:
             commands.append(heal_command(healing, manifest.schedule, model))
             commands.append(f"voidprune export DIR/healed {target}")
         else:
             commands.append(f"voidprune export {model} --schedule DIR/schedule.json {target}")
     if (evaluation := findings.evaluation) is not None:
         limit = f" --max-new-tokens {evaluation['max_new_tokens']}"
-        command = evaluation_command(findings)
+        command = evaluation_command(findings).replace("--tasks TASKS", task_options(evaluation))
         if whole_runner(evaluation) is None:
             command = command.replace(f" --baseline {quoted_source(findings)}", "")
         commands.append(command + limit)
