@@ -53,8 +53,9 @@ class BlockFormat:
 
     def __post_init__(self) -> None:
         rows_fit = self.block_size is not None or (self.bits == 8 and not self.zero_points)
-        known = self.bits in BITS and self.block_size in (*BLOCK_SIZES, None) and type(self.zero_points) is bool
-        if not known or not rows_fit:
+        known = self.bits in BITS and self.block_size in (*BLOCK_SIZES, None)
+        types = type(self.bits), type(self.block_size or 0), type(self.zero_points)
+        if not known or not rows_fit or types != (int, int, bool):  # 8.0 is 8, and shifts nothing
             raise ValueError(f"{self} is no way to pack a matrix")
 
     @property
