@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from voidprune import artifacts
-from voidprune.errors import QualityGateError
+from voidprune.errors import ModelError, QualityGateError
 from voidprune.execution.manifest import read_manifest
 from voidprune.pipeline.compression import compression_steps
 from voidprune.pipeline.steps import preview_steps, run_steps
@@ -91,6 +91,15 @@ def test_graphs_of_a_recipe_may_have_packed_matrices(tmp_path: Path) -> None:
     assert quantization is not None
     assert quantization.precision == "int4"
     assert quantization.fidelity is not None
+
+
+def test_packed_graphs_that_cannot_be_are_refused_before_a_step_has_run(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, export=replace(RECIPE.export, precision="w8a8", operators="standard"))
+    with pytest.raises(ModelError, match="take the zero points of packed matrices from the file"):
+        compression_steps(recipe, tmp_path / "out", write_report=write)
+    recipe = replace(RECIPE, export=replace(RECIPE.export, precision="w8a8", formats=("hf",)))
+    with pytest.raises(ModelError, match="w8a8 is a precision of ONNX graphs"):
+        compression_steps(recipe, tmp_path / "out", write_report=write)
 
 
 def test_a_missed_gate_exports_nothing(tmp_path: Path) -> None:

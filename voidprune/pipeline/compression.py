@@ -17,7 +17,7 @@ from voidprune.models.packed import PACKED_PRECISIONS
 from voidprune.models.sizes import ModelSizes, measure_sizes
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.evaluation import evaluate_model
-from voidprune.pipeline.export import default_formats, export_model, own_schedule
+from voidprune.pipeline.export import check_graphs, default_formats, export_model, own_schedule
 from voidprune.pipeline.gates import Gates
 from voidprune.pipeline.heal import heal_model
 from voidprune.pipeline.models import open_model
@@ -42,7 +42,8 @@ def compression_steps(
 ) -> list[Step]:
     """The steps of a recipe; what they write lies in `folder`. `write_report(folder, file)` makes a page of such a folder.
 
-    Raises what opening the model and reading the data raises, and BudgetError for a plan that mixes ways: nothing has run by then.
+    Raises what opening the model and reading the data raises, BudgetError for a plan that mixes ways, and
+    ModelError for packed graphs that could not be: nothing has run by then.
     """
     return _Compression(recipe, folder, write_report, track).steps()
 
@@ -62,6 +63,14 @@ class _Compression:
             if recipe.export.precision in PACKED_PRECISIONS
             else None
         )
+        if self.packing is not None:
+            check_graphs(
+                self.checkpoint,
+                formats=recipe.export.formats or default_formats(self.checkpoint)[0],
+                precision="keep",
+                operators=recipe.export.operators,
+                packing=self.packing,
+            )
         self.evaluation_rows = find_rows(recipe.evaluation.tasks, num_items=recipe.evaluation.num_items)
         self.gates = Gates(min_score=recipe.evaluation.min_score, max_ppl_ratio=recipe.evaluation.max_ppl_ratio)
         self.gates.check_rows(self.evaluation_rows, has_whole=True)
