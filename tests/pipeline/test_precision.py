@@ -237,6 +237,7 @@ def test_samples_to_measure_packing_leave_a_bundle_its_schedule(tmp_path: Path) 
         (("--precision", "int8", "--format", "hf"), "int8 is a precision of ONNX graphs"),
         (("--precision", "w8a8", "--activations", "fp32"), "w8a8 multiplies by activations in 8 bits"),
         (("--precision", "int8", "--ops", "standard"), "take the zero points of packed matrices from the file"),
+        (("--precision", "w8a8", "--provider", "cuda"), "for which onnxruntime has no kernel on CUDA"),
         (("--precision", "bf16", "--provider", "cpu"), "would be in bf16, for which onnxruntime has no kernels"),
     ],
 )

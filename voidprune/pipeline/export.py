@@ -136,15 +136,21 @@ def check_graphs(
 ) -> None:
     """Refuse, before layers are chosen or anything is copied, graphs that could not be written or not be run.
 
-    Raises ModelError; RuntimeProviderError for bf16 on the CPU.
+    Raises ModelError; RuntimeProviderError for bf16 on the CPU, and for w8a8 anywhere else.
     """
     if packing is not None:
         check_packing(packing, formats=formats, operators=operators)
     if "onnx" not in formats:
         return
     describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)
+    provider = provider or default_provider()
+    if packing is not None and packing.precision == "w8a8" and operators == "ort" and provider == "cuda":
+        raise RuntimeProviderError(
+            "w8a8 multiplies by an operator (QGemm) for which onnxruntime has no kernel on CUDA",
+            hint="export with --precision int8, or use --provider cpu",
+        )
     dtype = PRECISIONS.get(precision, checkpoint.dtype)
-    if dtype == "BF16" and packing is None and (provider or default_provider()) == "cpu":
+    if dtype == "BF16" and packing is None and provider == "cpu":
         raise RuntimeProviderError(
             f"the graphs of {checkpoint.name} would be in bf16, for which onnxruntime has no kernels on the CPU",
             hint="export with --precision fp32, or use --provider cuda or --format hf",
