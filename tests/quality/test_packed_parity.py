@@ -169,12 +169,13 @@ def test_both_formats_are_both_compared(llama: TinyModel, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("formats", [("onnx",), ("hf", "onnx")])
+@pytest.mark.parametrize("precision", ["int4", "w8a8"])
 def test_too_large_for_memory_is_checked_layer_by_layer(
-    llama: TinyModel, tmp_path: Path, formats: tuple[str, ...]
+    llama: TinyModel, tmp_path: Path, precision: str, formats: tuple[str, ...]
 ) -> None:
     schedule = dropped_schedule(llama.identity, {1})
     manifest = export_packed(
-        llama, schedule, tmp_path / "out", packing_of(schedule, "int4"), formats=formats, available_bytes=300_000
+        llama, schedule, tmp_path / "out", packing_of(schedule, precision), formats=formats, available_bytes=300_000
     )
     assert manifest.parity is not None
     assert manifest.parity.layer_streamed
@@ -375,6 +376,18 @@ def test_products_of_whole_numbers_lose_nothing_where_rounding_does_not(tmp_path
     largest = np.abs(expected).max(-1, keepdims=True)
     assert (np.abs(found - expected) <= 1e-5 * largest).all()
     assert not found[1, 2].any()
+
+
+def test_odd_widths_put_numbers_where_they_are_looked_for(tmp_path: Path) -> None:
+    """Matrices of 37 times 37 bytes: scales and norms behind them begin at any byte."""
+    sizes = {"hidden_size": 37, "intermediate_size": 37, "num_attention_heads": 1, "num_key_value_heads": 1}
+    source = build_model("llama", tmp_path / "source", **sizes, head_dim=8)
+    schedule = full_schedule(source.identity)
+    manifest = export_packed(source, schedule, tmp_path / "out", packing_of(schedule, "w8a8"))
+    assert_equal_to_reference(manifest)
+    records = open_checkpoint(tmp_path / "out").tensors.values()
+    scales = [record.scales for record in records if isinstance(record, PackedRecord)]
+    assert any(record.offset % 4 for record in scales)
 
 
 def test_products_of_whole_numbers_cannot_be_exact(llama: TinyModel, tmp_path: Path) -> None:
