@@ -85,9 +85,9 @@ class Quantization:
     """How the matrices that the graphs read are packed, into `model.{precision}.safetensors`.
 
     `layer_bits[i]`: bits of attention and of MLP in layer i of the checkpoint; `head_bits`: of embedding and head. `activations`:
-    "int8" where products round what they multiply with the matrices, block by block, else "fp32". `weight_error`: root of the
-    mean square error of all matrices over that of their weights; `average_bits`: of a weight of the layers' matrices, scales and
-    zero points not counted.
+    "int8" where products round what they multiply with the matrices, block by block (in w8a8 token by token), else "fp32".
+    `weight_error`: root of the mean square error of all matrices over that of their weights; `average_bits`: of a weight of the
+    layers' matrices, scales and zero points not counted.
     """
 
     precision: str
