@@ -30,6 +30,7 @@ def packed(precision: str, *bits: int, **settings: object) -> Quantization:
     ("changes", "expected"),
     [
         ({}, f"--precision {MANIFEST.precision}"),
+        ({"graphs": {}}, f"--precision {MANIFEST.precision} --format hf"),
         ({"operators": "standard"}, f"--precision {MANIFEST.precision} --ops standard"),
         (
             {"graphs": dict.fromkeys(Phase, MANIFEST.graphs[Phase.DECODE])},
@@ -43,11 +44,18 @@ def packed(precision: str, *bits: int, **settings: object) -> Quantization:
             {"quantization": packed("mixed", 4, 8, block_size=32, zero_points=False, activations="int8")},
             "--precision mixed --block-size 32 --activations int8 --bits ",
         ),
+        (
+            {
+                "quantization": packed("w8a8", 8, zero_points=False, activations="int8"),
+                "sizes": {"config.json": 600, "model.w8a8.safetensors": 1},
+            },
+            "--precision w8a8 --format onnx --block-size 128 --activations int8",
+        ),
     ],
 )
 def test_an_export_is_made_again_as_it_was(changes: dict[str, object], expected: str) -> None:
     quantization = changes.get("quantization")
-    if isinstance(quantization, Quantization):
+    if isinstance(quantization, Quantization) and "sizes" not in changes:
         changes = {**changes, "sizes": {**MANIFEST.sizes, quantization.file: 1}}
     options = export_options(replace(MANIFEST, **changes))  # type: ignore[arg-type]
     assert options.startswith(expected)

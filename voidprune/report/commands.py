@@ -51,6 +51,8 @@ def bundle_path(findings: Findings) -> str:
 def export_options(manifest: Manifest) -> str:
     """What a bundle was made with, as far as it is not what `export` does anyway."""
     found = ["--precision", manifest.precision]
+    if not manifest.graphs or not manifest.has_checkpoint:
+        found += ["--format", "onnx" if manifest.graphs else "hf"]
     if manifest.graphs and manifest.operators != "ort":
         found += ["--ops", manifest.operators]
     if len({graph.file for graph in manifest.graphs.values()}) == 1:
