@@ -5,11 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 
-import click
 import pytest
 
+from tests.command_lines import parse_command
 from tests.execution.test_manifest import MANIFEST
-from voidprune.cli import main
 from voidprune.execution.manifest import Quantization
 from voidprune.report.commands import export_options
 from voidprune.schedule import Phase
@@ -59,8 +58,4 @@ def test_an_export_is_made_again_as_it_was(changes: dict[str, object], expected:
         changes = {**changes, "sizes": {**MANIFEST.sizes, quantization.file: 1}}
     options = export_options(replace(MANIFEST, **changes))  # type: ignore[arg-type]
     assert options.startswith(expected)
-    # With the settings of its parent: a command keeps the first help option that it makes, for all tests behind this one.
-    parent = click.Context(main, info_name="voidprune", **main.context_settings)
-    main.commands["export"].make_context(
-        "export", ["MODEL", "--keep", "0.5", "-o", "slim", *shlex.split(options)], parent=parent
-    )
+    parse_command("export", ["MODEL", "--keep", "0.5", "-o", "slim", *shlex.split(options)])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tests.command_lines import parse_command
 from tests.execution.test_manifest import HEALING, MANIFEST
 from tests.report.documents import fill_folder
 from voidprune.cli import main
@@ -74,8 +75,7 @@ def test_commands_are_those_of_the_command_line(findings: Findings) -> None:
 def parsed(command: str) -> dict[str, Any]:
     """The values that the command line sees."""
     _, name, *arguments = shlex.split(command)
-    context = main.commands[name].make_context(name, arguments, resilient_parsing=True)
-    return context.params
+    return parse_command(name, arguments, resilient_parsing=True).params
 
 
 def test_a_profile_says_what_it_was_asked_for(tmp_path: Path) -> None:
