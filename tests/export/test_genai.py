@@ -260,13 +260,13 @@ def test_it_says_what_our_runner_says_of_the_demo_model(genai_python: OtherPytho
     assert_same_conversations(genai_python, tmp_path / "bundle", some_conversations(source))
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8", "w8a8-int4"])
 def test_it_runs_packed_matrices(
     genai_python: OtherPython, get_model: GetModel, tmp_path: Path, precision: str
 ) -> None:
     source = get_model("qwen2")
     schedule = mixed(source)
-    packing = uniform_packing(precision, len(schedule.union), activations="int8" if precision == "w8a8" else "fp32")
+    packing = uniform_packing(precision, len(schedule.union), activations="int8" if "w8a8" in precision else "fp32")
     export_bundle(
         source.checkpoint, schedule, tmp_path / "bundle", verify=lambda _: None, formats=("onnx",), packing=packing
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,17 @@ from voidprune.export.quantize import (
 )
 from voidprune.models.checkpoint import open_checkpoint, read_tensor
 from voidprune.models.copying import copy_tensors
-from voidprune.models.packed import BlockFormat, PackedRecord, dequantize_rows, pack, read_packed
+from voidprune.models.packed import (
+    BlockFormat,
+    PackedRecord,
+    dequantize_rows,
+    differs_by_phase,
+    multiplies_rows,
+    pack,
+    read_packed,
+)
+from voidprune.models.tensors import TensorRecord
+from voidprune.schedule import Phase
 
 FORMATS = [
     BlockFormat(bits=bits, block_size=block_size, zero_points=zero_points)
@@ -139,7 +150,7 @@ def test_zeros_stay_zeros(blocks: BlockFormat) -> None:
     assert not restore_rows(half, blocks)[:, :128].any()
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8", "w8a8-int4"])
 @pytest.mark.parametrize("settings", [{}, {"block_size": 128}, {"zero_points": True}])
 def test_file_means_the_rounded_weights(
     llama: TinyModel, tmp_path: Path, precision: str, settings: dict[str, Any]
@@ -147,36 +158,49 @@ def test_file_means_the_rounded_weights(
     kept = (0, 2, 5)
     packing = uniform_packing(precision, len(kept), **settings)
     errors = write_packed(llama.checkpoint, kept, tmp_path / "packed", packing)
-    found = read_packed(tmp_path / "packed")
-    assert len(found) == 3 + 9 * len(kept)
-    num_packed, square = 0, 0.0
-    for name, record in found.items():
-        place = llama.checkpoint.architecture.spec.tensors.layer_of(name)
-        source = name if place is None else f"model.layers.{kept[place[0]]}.{place[1]}"
-        weights = np.array(read_tensor(llama.checkpoint.tensors[source]))
-        if isinstance(record, PackedRecord):
-            meant = dequantize_rows(record, 0, record.shape[0])
-            assert (meant == restore_rows(weights, record.blocks)).all()
-            square += float(np.square(meant.astype(np.float64) - weights).sum())
-            num_packed += 1
-        else:
-            assert (np.array(read_tensor(record)) == weights).all()
-    assert num_packed == 2 + 7 * len(kept), "embedding, head, and all matrices of layers"
-    assert sum(error for error, _ in errors.squares.values()) == pytest.approx(square)
+    parts = []
+    for phase in Phase:
+        found = read_packed(tmp_path / "packed", phase)
+        assert len(found) == 3 + 9 * len(kept)
+        num_packed, square = 0, 0.0
+        for name, record in found.items():
+            place = llama.checkpoint.architecture.spec.tensors.layer_of(name)
+            source = name if place is None else f"model.layers.{kept[place[0]]}.{place[1]}"
+            weights = np.array(read_tensor(llama.checkpoint.tensors[source]))
+            if isinstance(record, PackedRecord):
+                assert record.blocks.whole_rows == (multiplies_rows(precision, phase) and place is not None)
+                meant = dequantize_rows(record, 0, record.shape[0])
+                assert (meant == restore_rows(weights, record.blocks)).all()
+                square += float(np.square(meant.astype(np.float64) - weights).sum())
+                num_packed += 1
+                parts += record.stored_parts
+            else:
+                assert (np.array(read_tensor(record)) == weights).all()
+                parts.append(record)
+        assert num_packed == 2 + 7 * len(kept), "embedding, head, and all matrices of layers"
+        error = sum(error for error, _ in errors.squares.values())
+        assert (error == pytest.approx(square)) == (phase is Phase.DECODE or not differs_by_phase(precision))
     assert 0.001 < errors.relative < 0.12
     content = (tmp_path / "packed").stat().st_size
-    assert packed_bytes(llama.checkpoint, kept, packing) == content - min(
-        part.offset
-        for record in found.values()
-        for part in (record.stored_parts if isinstance(record, PackedRecord) else [record])
-    )
+    assert packed_bytes(llama.checkpoint, kept, packing) == content - min(part.offset for part in parts)
 
 
 def test_what_one_product_spans_lies_side_by_side(llama: TinyModel, tmp_path: Path) -> None:
     write_packed(
         llama.checkpoint, range(NUM_LAYERS), tmp_path / "packed", uniform_packing("int4", NUM_LAYERS, zero_points=True)
     )
-    found = read_packed(tmp_path / "packed")
+    assert_side_by_side(read_packed(tmp_path / "packed"))
+
+
+def test_what_each_phase_spans_lies_side_by_side(llama: TinyModel, tmp_path: Path) -> None:
+    packing = uniform_packing("w8a8-int4", NUM_LAYERS, zero_points=True)
+    write_packed(llama.checkpoint, range(NUM_LAYERS), tmp_path / "packed", packing)
+    for phase in Phase:
+        assert_side_by_side(read_packed(tmp_path / "packed", phase))
+
+
+def assert_side_by_side(found: Mapping[str, TensorRecord]) -> None:
+    """Queries, keys and values of a layer: the numbers of all, the scales of all, the zero points of all."""
     records = [found[f"model.layers.3.self_attn.{part}_proj.weight"] for part in "qkv"]
     for parts in zip(*(record.stored_parts for record in records if isinstance(record, PackedRecord)), strict=True):
         ends = [part.offset + part.num_bytes for part in parts]

@@ -33,6 +33,7 @@ from voidprune.models.packed import (
 from voidprune.models.pretrained import load_model
 from voidprune.models.sizes import measure_sizes
 from voidprune.models.tensors import read_rows
+from voidprune.schedule import Phase
 
 QUERY = "model.layers.0.self_attn.q_proj"
 FOUR, EIGHT = (BlockFormat(bits=bits, block_size=32, zero_points=False) for bits in (4, 8))
@@ -169,6 +170,23 @@ def test_damaged_header_is_named(packed: Path, change: Callable[[dict[str, Any]]
     rewrite_header(packed, change)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(packed.parent)
+
+
+def test_prefill_has_no_matrix_that_decode_lacks(llama: TinyModel, tmp_path: Path) -> None:
+    packing = uniform_packing("w8a8-int4", NUM_LAYERS)
+    write_packed(llama.checkpoint, range(NUM_LAYERS), tmp_path / "packed", packing)
+
+    def rename(header: dict[str, Any]) -> None:
+        for part in ("weight", "scales"):
+            header[f"other.{part}"] = header.pop(f"{QUERY}.{part}")
+        found = json.loads(header["__metadata__"][METADATA_KEY])
+        found["other.weight"] = found.pop(f"{QUERY}.weight")
+        header["__metadata__"][METADATA_KEY] = json.dumps(found, separators=(",", ":"))
+
+    assert set(read_packed(tmp_path / "packed", Phase.PREFILL)) == set(read_packed(tmp_path / "packed"))
+    rewrite_header(tmp_path / "packed", rename)
+    with pytest.raises(CheckpointError, match=f"holds {QUERY}.weight for prefill and lacks it for decode"):
+        read_packed(tmp_path / "packed")
 
 
 def test_file_without_metadata_header_is_named(packed: Path) -> None:

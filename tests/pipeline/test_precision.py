@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,8 @@ def test_samples_to_measure_packing_leave_a_bundle_its_schedule(tmp_path: Path) 
     [
         (("--precision", "int8", "--format", "hf"), "int8 is a precision of ONNX graphs"),
         (("--precision", "w8a8", "--activations", "fp32"), "w8a8 multiplies by activations in 8 bits"),
+        (("--precision", "w8a8-int4", "--activations", "fp32"), "w8a8-int4 multiplies by activations in 8 bits"),
+        (("--precision", "w8a8-int4", "--provider", "cuda"), "for which onnxruntime has no kernel on CUDA"),
         (("--precision", "int8", "--ops", "standard"), "take the zero points of packed matrices from the file"),
         (("--precision", "w8a8", "--provider", "cuda"), "for which onnxruntime has no kernel on CUDA"),
         (("--precision", "bf16", "--provider", "cpu"), "would be in bf16, for which onnxruntime has no kernels"),
@@ -253,7 +256,7 @@ def test_graphs_that_cannot_be_are_refused_before_anything_is_planned(
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied-small-heads", "phi3", "qwen2", "starcoder2"])
 @pytest.mark.parametrize("settings", [{}, {"block_size": 128}, {"zero_points": True}])
-@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8", "w8a8-int4"])
 def test_sizes_are_those_of_the_file_that_graphs_read(
     get_model: GetModel, name: str, precision: str, settings: dict[str, Any]
 ) -> None:
@@ -262,6 +265,18 @@ def test_sizes_are_those_of_the_file_that_graphs_read(
     sizes = measure_packed_sizes(source, request)
     layers = range(source.architecture.num_layers)
     assert sizes.total_bytes == packed_bytes(source, layers, request.uniform(len(layers)))
+
+
+def test_sizes_of_two_kinds_of_matrices_are_both_and_decode_reads_one(get_model: GetModel) -> None:
+    source = get_model("llama").checkpoint
+    rows, blocks, both = (
+        measure_packed_sizes(source, PackingRequest(precision)) for precision in ("w8a8", "int4", "w8a8-int4")
+    )
+    norms = 2 * source.architecture.hidden_size * 4
+    assert (both.head_bytes, both.other_bytes) == (blocks.head_bytes, blocks.other_bytes)
+    for one, other, found in zip(rows.layers, blocks.layers, both.layers, strict=True):
+        assert replace(found, total_bytes=0) == replace(other, total_bytes=0)
+        assert found.total_bytes == one.total_bytes + other.total_bytes - norms
 
 
 def test_sizes_of_mixed_bits_lie_between(get_model: GetModel) -> None:

@@ -32,12 +32,13 @@ from voidprune.export.hf_checkpoint import write_slim_files
 from voidprune.export.onnx_graph import author_decode, multiply_exactly, round_activations, save_graph
 from voidprune.export.quantize import LayerBits, Packing, uniform_packing, write_packed
 from voidprune.export.weights import PackedMatrix, Rows
-from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint
+from voidprune.models.checkpoint import WEIGHTS_FILE, Checkpoint, open_checkpoint, open_packed
 from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.packed import PackedRecord, dequantize_rows, packed_file
+from voidprune.pipeline.evaluation import open_runners
 from voidprune.quality.packed_parity import check_packed
 from voidprune.quality.parity import verify_bundle
-from voidprune.schedule import Boundary, LayerAction, Schedule, dropped_schedule, full_schedule
+from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, dropped_schedule, full_schedule
 
 A = LayerAction
 EXACT: dict[str, Any] = {"activations": "fp32"}
@@ -81,7 +82,7 @@ MIXED_PREFILL = (A.FULL, A.KV_MLP, A.SKIP_ATTENTION, A.KV_ONLY, A.FULL, A.SKIP)
 MIXED_DECODE = (A.FULL, A.FULL, A.SKIP_ATTENTION, A.SKIP_MLP, A.KV_ONLY, A.SKIP)
 
 
-@pytest.mark.parametrize(("precision", "settings"), [("int4", EXACT), ("int8", EXACT), ("w8a8", {})])
+@pytest.mark.parametrize(("precision", "settings"), [("int4", EXACT), ("int8", EXACT), ("w8a8", {}), ("w8a8-int4", {})])
 def test_every_family_equals_its_reference(
     tiny_model: TinyModel, tmp_path: Path, precision: str, settings: dict[str, Any]
 ) -> None:
@@ -125,7 +126,7 @@ def test_a_packed_table_is_not_read_past_its_end(llama: TinyModel, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "stablelm"])
-@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8", "w8a8-int4"])
 def test_rounded_activations_stay_within_what_rounding_changes(
     get_model: GetModel, tmp_path: Path, name: str, precision: str
 ) -> None:
@@ -169,7 +170,7 @@ def test_both_formats_are_both_compared(llama: TinyModel, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("formats", [("onnx",), ("hf", "onnx")])
-@pytest.mark.parametrize("precision", ["int4", "w8a8"])
+@pytest.mark.parametrize("precision", ["int4", "w8a8", "w8a8-int4"])
 def test_too_large_for_memory_is_checked_layer_by_layer(
     llama: TinyModel, tmp_path: Path, precision: str, formats: tuple[str, ...]
 ) -> None:
@@ -282,7 +283,7 @@ def pack_folder(source: TinyModel, folder: Path, precision: str, **settings: Any
     return open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8", "w8a8-int4"])
 @pytest.mark.parametrize("block_size", [32, 128])
 @pytest.mark.parametrize("tied", [False, True])
 def test_standard_operators_read_the_same_bytes(tmp_path: Path, precision: str, block_size: int, tied: bool) -> None:
@@ -396,6 +397,52 @@ def test_products_of_whole_numbers_cannot_be_exact(llama: TinyModel, tmp_path: P
         export_packed(llama, schedule, tmp_path / "out", packing_of(schedule, "w8a8", **EXACT))
     assert "--precision int8" in str(caught.value.hint)
     assert not (tmp_path / "out").exists()
+
+
+def test_matrices_of_each_phase_have_no_single_graph(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    with pytest.raises(ModelError, match="w8a8-int4 has matrices of its own for each phase"):
+        export_bundle(
+            llama.checkpoint,
+            schedule,
+            tmp_path / "out",
+            verify=lambda _: None,
+            formats=("onnx",),
+            layout="single",
+            packing=packing_of(schedule, "w8a8-int4"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_phase_that_reads_the_matrices_of_the_other_is_found(llama: TinyModel, tmp_path: Path) -> None:
+    """Decode over rows of 8 bits: nearer to the model than it says, and so not what it says."""
+    schedule = full_schedule(llama.identity)
+    folder = tmp_path / "out"
+    export_packed(llama, schedule, folder, packing_of(schedule, "w8a8-int4"))
+    check_packed(folder, source=llama.checkpoint, schedule=schedule)
+    packed = open_packed(folder / packed_file("w8a8-int4"), phase=Phase.PREFILL)
+    save_graph(author_decode(packed, schedule.on_slim_model(packed.identity)), folder / "decode.onnx")
+    document = json.loads((folder / FILE).read_text())
+    document["files"]["decode.onnx"] = file_hash(folder / "decode.onnx")
+    document["sizes"]["decode.onnx"] = (folder / "decode.onnx").stat().st_size
+    (folder / FILE).write_text(json.dumps(document))
+    with pytest.raises(ParityError, match="the logits of the ONNX graphs"):
+        check_packed(folder, source=llama.checkpoint, schedule=schedule)
+
+
+@pytest.mark.parametrize("boundary", list(Boundary))
+def test_evaluations_put_graphs_beside_a_reference_of_both_phases(tmp_path: Path, boundary: Boundary) -> None:
+    source = build_model("qwen2", tmp_path / "source", intermediate_size=128)
+    schedule = full_schedule(source.identity, boundary=boundary)
+    packing = packing_of(schedule, "w8a8-int4", zero_points=True)
+    export_packed(source, schedule, tmp_path / "out", packing, operators="standard")
+    runners, _ = open_runners(open_checkpoint(tmp_path / "out"))
+    prompts, responses = [[5, 6, 7, 8, 9], [10]], [[11, 12, 13], [14, 15]]
+    with runners["reference"]() as reference, runners["onnx"]() as graphs:
+        for expected, found in zip(
+            reference.predict(prompts, responses), graphs.predict(prompts, responses), strict=True
+        ):
+            assert np.abs(found - expected).max() <= 1e-4
 
 
 def test_a_padded_row_is_answered_by_no_number(llama: TinyModel, tmp_path: Path) -> None:

@@ -49,11 +49,11 @@ from voidprune.cli.plan import print_plan
 )
 @click.option(
     "--precision",
-    type=click.Choice(["keep", "fp32", "fp16", "bf16", "int8", "int4", "mixed", "w8a8"]),
+    type=click.Choice(["keep", "fp32", "fp16", "bf16", "int8", "int4", "mixed", "w8a8", "w8a8-int4"]),
     default="keep",
     show_default=True,
-    help="Of the weights; of the graphs' alone int8, int4, mixed (layers that matter most in 8 bits) and w8a8 (products of "
-    "8-bit numbers: fast prompts on a CPU).",
+    help="Of the weights; of the graphs' alone int8, int4, mixed (layers that matter most in 8 bits), w8a8 (products of 8-bit "
+    "numbers: fast prompts on a CPU) and w8a8-int4 (w8a8 in prefill, int4 in decode).",
 )
 @packing_options
 @click.option(

@@ -11,7 +11,14 @@ from typing import Any
 from voidprune import artifacts
 from voidprune.errors import ArtifactError, ModelError
 from voidprune.models.checkpoint import FLOAT_DTYPES, precision_name
-from voidprune.models.packed import BITS, BLOCK_SIZES, PACKED_PRECISIONS, packed_file
+from voidprune.models.packed import (
+    BITS,
+    BLOCK_SIZES,
+    PACKED_PRECISIONS,
+    differs_by_phase,
+    multiplies_rows,
+    packed_file,
+)
 from voidprune.schedule import Phase, Scalar, Schedule
 
 FILE = "voidprune.json"
@@ -85,7 +92,9 @@ class Quantization:
     """How the matrices that the graphs read are packed, into `model.{precision}.safetensors`.
 
     `layer_bits[i]`: bits of attention and of MLP in layer i of the checkpoint; `head_bits`: of embedding and head. `activations`:
-    "int8" where products round what they multiply with the matrices, block by block (in w8a8 token by token), else "fp32".
+    "int8" where products round what they multiply with the matrices, block by block (in a phase that multiplies rows token by
+    token), else "fp32". Where the phases have matrices of their own, `layer_bits`, `average_bits` and `weight_error` are of
+    those of decode; prefill's are rows of 8 bits.
     `weight_error`: root of the mean square error of all matrices over that of their weights; `average_bits`: of a weight of the
     layers' matrices, scales and zero points not counted.
     """
@@ -103,6 +112,15 @@ class Quantization:
     @property
     def file(self) -> str:
         return packed_file(self.precision)
+
+    def multiplies_rows(self, phase: Phase) -> bool:
+        """As `packed.multiplies_rows` says it of a precision."""
+        return multiplies_rows(self.precision, phase)
+
+    @property
+    def differs_by_phase(self) -> bool:
+        """As `packed.differs_by_phase` says it of a precision."""
+        return differs_by_phase(self.precision)
 
     def __post_init__(self) -> None:
         """Raises ValueError."""

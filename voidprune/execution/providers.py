@@ -57,10 +57,11 @@ def open_sessions(folder: Path, manifest: Manifest, *, provider: str, prepack: b
     graphs = {phase: folder / graph.file for phase, graph in manifest.graphs.items()}
     if provider != "cpu":
         return _open_on_device(graphs, provider=provider)
-    if manifest.quantization is not None and manifest.quantization.precision == "w8a8" and manifest.operators == "ort":
+    packed = manifest.quantization
+    if packed is not None and packed.multiplies_rows(Phase.PREFILL) and manifest.operators == "ort":
         require_integer_products(folder.name)
     is_widened = packs_weights(manifest.dtype, quantized=False)
-    prepack = prepack or is_widened or manifest.quantization is not None
+    prepack = prepack or is_widened or packed is not None
     is_pair = len(set(graphs.values())) > 1
     # Weights in 16 bits are widened before they are packed, and a branch would widen those from outside at every step.
     if prepack and is_pair and not is_widened:
@@ -201,7 +202,7 @@ _INTEGER_PRODUCT = float(_INNER * 127 * 127)
 
 
 def _integer_product() -> float:
-    """The largest activations times the largest weights, by the operator that graphs in w8a8 use."""
+    """The largest activations times the largest weights, by the operator that multiplies rows."""
     import onnx
 
     arrays: dict[str, Array] = {

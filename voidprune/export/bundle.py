@@ -38,7 +38,7 @@ from voidprune.models.checkpoint import (
 )
 from voidprune.models.copying import overwrite_tensors
 from voidprune.models.graph_architecture import describe_graph_architecture
-from voidprune.models.packed import packed_file
+from voidprune.models.packed import differs_by_phase, multiplies_rows, packed_file
 from voidprune.models.pretrained import end_tokens
 from voidprune.models.tensors import Advance
 from voidprune.schedule import Phase, Schedule
@@ -99,6 +99,11 @@ def export_bundle(
     _check_dtypes(source, precision, packing)
     if layout == "single":
         check_single_graph(schedule)
+        if packing is not None and differs_by_phase(packing.precision):
+            raise ModelError(
+                f"{packing.precision} has matrices of its own for each phase, and a single graph is for both",
+                hint="leave --layout out, or choose --precision int4",
+            )
     card = read_card(source.folder / "README.md")
     if packing is not None:
         check_packing(packing, formats=formats, operators=operators)
@@ -125,12 +130,15 @@ def export_bundle(
             for file in overwrite_tensors(values):
                 del hashes[file.name]
         original = schedule if made_of is None else made_of.schedule
-        read_by_graphs = slim if quantization is None else open_packed(stage / quantization.file, name=folder.name)
+        read_by = dict.fromkeys(Phase, slim)
+        if quantization is not None:
+            packed = stage / quantization.file
+            read_by = {phase: open_packed(packed, phase=phase, name=folder.name) for phase in Phase}
         graphs = {}
         if "onnx" in formats:
             rounds = quantization is not None and quantization.activations == "int8"
             graphs = _write_graphs(
-                read_by_graphs, original, stage, layout=layout, operators=operators, rounds_activations=rounds
+                read_by, original, stage, layout=layout, operators=operators, rounds_activations=rounds
             )
         files = {path.relative_to(stage).as_posix(): path for path in sorted(stage.rglob("*")) if path.is_file()}
         manifest = Manifest(
@@ -223,9 +231,10 @@ def check_packing(packing: AskedPacking, *, formats: Collection[str], operators:
             f"{packing.precision} is a precision of ONNX graphs; transformers does not read it",
             hint="add --format onnx, or choose --precision keep, fp32, fp16 or bf16",
         )
-    if packing.precision == "w8a8" and packing.activations != "int8" and operators == "ort":
+    if multiplies_rows(packing.precision, Phase.PREFILL) and packing.activations != "int8" and operators == "ort":
         raise ModelError(
-            "w8a8 multiplies by activations in 8 bits", hint="choose --precision int8, whose products can be exact"
+            f"{packing.precision} multiplies by activations in 8 bits",
+            hint="choose --precision int8 or int4, whose products can be exact",
         )
     if operators == "standard" and not packing.zero_points:
         raise ModelError(
@@ -249,10 +258,18 @@ def check_single_graph(schedule: Schedule) -> None:
 
 
 def _write_graphs(
-    slim: Checkpoint, schedule: Schedule, stage: Path, *, layout: str, operators: str, rounds_activations: bool
+    read_by: Mapping[Phase, Checkpoint],
+    schedule: Schedule,
+    stage: Path,
+    *,
+    layout: str,
+    operators: str,
+    rounds_activations: bool,
 ) -> dict[Phase, Graph]:
+    """`read_by`: the checkpoint that each phase's graph reads."""
     from voidprune.export.onnx_graph import author_decode, author_prefill, graph_slots, round_activations, save_graph
 
+    slim = read_by[Phase.DECODE]
     renumbered = schedule.on_slim_model(slim.identity)
     authors = {Phase.PREFILL: author_prefill, Phase.DECODE: author_decode}
     graphs = {phase: Graph(file=f"{phase}.onnx", slots=graph_slots(renumbered, phase)) for phase in authors}
@@ -260,7 +277,7 @@ def _write_graphs(
         authors = {Phase.DECODE: author_decode}
         graphs = {phase: replace(graph, file=SINGLE_FILE) for phase, graph in graphs.items()}
     for phase, author in authors.items():
-        model = author(slim, renumbered, operators=operators)
+        model = author(read_by[phase], renumbered, operators=operators)
         model.metadata_props.update(
             {
                 "voidprune.phase": str(phase) if layout == "pair" else "any",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ import numpy as np
 from voidprune.errors import CheckpointError
 from voidprune.models.checkpoint import Checkpoint, TensorRecord, layer_tensor_groups
 from voidprune.models.copying import encode_entries
-from voidprune.models.packed import BlockFormat, describe_formats, pack, side_name
+from voidprune.models.packed import BlockFormat, describe_formats, multiplies_rows, pack, rows_name, side_name
 from voidprune.models.tensors import DTYPE_BYTES, Advance, fetch_tensors, read_rows, stored_bytes
+from voidprune.schedule import Phase
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -48,8 +49,8 @@ class Packing:
     """How a checkpoint's matrices are packed: bits of each kept layer, in order, and of embedding and head.
 
     `precision` names the file; `activations` is "int8" where the graphs round what they multiply with the matrices, or "fp32".
-    With the precision "w8a8" each row of the layers' matrices is one block; `block_size` and `zero_points` are of embedding and
-    head alone.
+    In a phase that multiplies rows (`packed.multiplies_rows`) each row of the layers' matrices is one block, of 8 bits: `layers`,
+    `block_size` and `zero_points` are of the other matrices alone.
     """
 
     precision: str
@@ -64,13 +65,14 @@ class Packing:
         """Of embedding and head."""
         return BlockFormat(bits=self.head, block_size=self.block_size, zero_points=self.zero_points)
 
-    def layer_format(self, bits: int) -> BlockFormat:
-        if self.precision == "w8a8":
-            return BlockFormat(bits=bits, block_size=None, zero_points=False)
+    def layer_format(self, bits: int, phase: Phase) -> BlockFormat:
+        """Of a layer's matrix, of `bits`, as a phase reads it."""
+        if multiplies_rows(self.precision, phase):
+            return BlockFormat(bits=8, block_size=None, zero_points=False)
         return BlockFormat(bits=bits, block_size=self.block_size, zero_points=self.zero_points)
 
 
-UNIFORM_BITS = {"int4": 4, "int8": 8, "w8a8": 8}
+UNIFORM_BITS = {"int4": 4, "int8": 8, "w8a8": 8, "w8a8-int4": 4}
 """Precisions in which all matrices have the same bits."""
 
 
@@ -101,7 +103,7 @@ def average_bits(layers: Sequence[LayerBits], weights: Sequence[LayerBits]) -> f
 
 @dataclass(frozen=True)
 class WeightErrors:
-    """How far packed matrices are from what they were made of, summed in squares: of each matrix (error, weights)."""
+    """How far matrices, as decode reads them, are from what they were made of, summed in squares: of each (error, weights)."""
 
     squares: Mapping[str, tuple[float, float]]
 
@@ -132,11 +134,16 @@ def packed_bytes(source: Checkpoint, kept: Sequence[int], packing: Packing) -> i
     return sum(entry.num_bytes for entry in _list_entries(source, kept, packing))
 
 
-def packed_record_bytes(source: Checkpoint, record: TensorRecord, packing: Packing) -> int:
-    """Bytes of one tensor of the source once it is packed with all its layers: numbers, scales and zero points, or float32."""
-    blocks = matrix_format(source, record.name, packing)
-    if blocks is None:
-        return stored_bytes(record, "F32")
+def packed_record_bytes(
+    source: Checkpoint, record: TensorRecord, packing: Packing, phases: Collection[Phase] = tuple(Phase)
+) -> int:
+    """Bytes that these phases read of one tensor of the source once it is packed with all its layers: numbers, scales and zero
+    points, or float32."""
+    formats = {matrix_format(source, record.name, packing, phase) for phase in phases}
+    return sum(stored_bytes(record, "F32") if blocks is None else _matrix_bytes(record, blocks) for blocks in formats)
+
+
+def _matrix_bytes(record: TensorRecord, blocks: BlockFormat) -> int:
     rows, columns = record.shape
     scales = math.prod(blocks.scales_shape(rows, columns)) * DTYPE_BYTES["F32"]
     zero_points = rows * blocks.zero_point_bytes(columns) if blocks.zero_points else 0
@@ -153,8 +160,9 @@ def write_packed(
 ) -> WeightErrors:
     """Write all that the graphs of the layers `kept` (ascending, original numbers) need: packed matrices, the rest in float32.
 
-    What one product spans lies side by side: q, k, v, then their scales, then their zero points. `advance` is told the bytes of
-    tensors written. Raises CheckpointError where a weight is not finite, naming its tensor.
+    What one product spans lies side by side: q, k, v, then their scales, then their zero points; where the phases differ, all that
+    decode reads of them before all that prefill does. `advance` is told the bytes of tensors written. Raises CheckpointError
+    where a weight is not finite, naming its tensor.
     """
     entries = list(_list_entries(source, kept, packing))
     fetch_tensors(entry.source for entry in entries if entry.source is not None)
@@ -167,6 +175,7 @@ def write_packed(
         [(entry.name, entry.dtype, entry.shape, entry.num_bytes) for entry in entries],
         metadata=describe_formats(formats),
     )
+    in_rows = {rows_name(entry.name) for entry in entries}
     offsets, position = {}, len(header)
     for entry in entries:
         offsets[entry.name] = position
@@ -182,7 +191,7 @@ def write_packed(
                 continue
             job = functools.partial(_write_rows, write, entry, offsets)
             found = list(threads.map(job, *zip(*_cut_rows(entry.source.shape), strict=True)))
-            if entry.blocks is not None:
+            if entry.blocks is not None and entry.name not in in_rows:
                 squares[entry.name] = (sum(error for error, _ in found), sum(weights for _, weights in found))
     return WeightErrors(squares)
 
@@ -194,23 +203,38 @@ def _list_entries(source: Checkpoint, kept: Sequence[int], packing: Packing) -> 
             (f"{names.embedding}.", f"{names.final_norm}.", f"{names.head}.")
         ):
             continue  # a vision tower, which no graph reads
-        packed = [(name, record, matrix_format(source, name, packing)) for name, record in group]
-        yield from (
-            _Entry(name, "F32", record.shape, record)
-            if blocks is None
-            else _Entry(name, blocks.dtype, blocks.numbers_shape(*record.shape), record, blocks)
-            for name, record, blocks in packed
+        decode, prefill = (
+            [matrix_format(source, name, packing, phase) for name, _ in group] for phase in _STORED_ORDER
         )
-        matrices = [(name, record.shape, blocks) for name, record, blocks in packed if blocks is not None]
-        for name, (rows, columns), blocks in matrices:
-            yield _Entry(side_name(name, "scales"), "F32", blocks.scales_shape(rows, columns))
-        for name, (rows, columns), blocks in matrices:
-            if blocks.zero_points:
-                yield _Entry(side_name(name, "zero_points"), "U8", (rows, blocks.zero_point_bytes(columns)))
+        yield from _group_entries(
+            [(name, record, blocks) for (name, record), blocks in zip(group, decode, strict=True)]
+        )
+        if prefill != decode:
+            names_in_rows = [(rows_name(name), record) for name, record in group]
+            yield from _group_entries([(*named, blocks) for named, blocks in zip(names_in_rows, prefill, strict=True)])
 
 
-def matrix_format(source: Checkpoint, name: str, packing: Packing) -> BlockFormat | None:
-    """How a tensor of the new checkpoint is packed, by its name there; None for norms and biases."""
+_STORED_ORDER = (Phase.DECODE, Phase.PREFILL)
+
+
+def _group_entries(group: Sequence[tuple[str, TensorRecord, BlockFormat | None]]) -> Iterator[_Entry]:
+    """What one product spans, side by side."""
+    yield from (
+        _Entry(name, "F32", record.shape, record)
+        if blocks is None
+        else _Entry(name, blocks.dtype, blocks.numbers_shape(*record.shape), record, blocks)
+        for name, record, blocks in group
+    )
+    matrices = [(name, record.shape, blocks) for name, record, blocks in group if blocks is not None]
+    for name, (rows, columns), blocks in matrices:
+        yield _Entry(side_name(name, "scales"), "F32", blocks.scales_shape(rows, columns))
+    for name, (rows, columns), blocks in matrices:
+        if blocks.zero_points:
+            yield _Entry(side_name(name, "zero_points"), "U8", (rows, blocks.zero_point_bytes(columns)))
+
+
+def matrix_format(source: Checkpoint, name: str, packing: Packing, phase: Phase) -> BlockFormat | None:
+    """How a phase reads a tensor of the new checkpoint, by its name there; None for norms and biases, which are not packed."""
     names = source.architecture.spec.tensors
     if name in (f"{names.embedding}.weight", f"{names.head}.weight"):
         return packing.head_format
@@ -218,7 +242,7 @@ def matrix_format(source: Checkpoint, name: str, packing: Packing) -> BlockForma
     if part is None or place is None:
         return None
     bits = packing.layers[place[0]]
-    return packing.layer_format((bits.attention, bits.mlp)[part])
+    return packing.layer_format((bits.attention, bits.mlp)[part], phase)
 
 
 def _part_of(source: Checkpoint, name: str) -> int | None:

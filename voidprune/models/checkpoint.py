@@ -35,7 +35,7 @@ from voidprune.models.tensors import (
     read_tensor,
     stored_bytes,
 )
-from voidprune.schedule import ModelIdentity
+from voidprune.schedule import ModelIdentity, Phase
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*",
                "README.md")  # fmt: skip
@@ -194,12 +194,17 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def open_packed(file: Path, *, name: str | None = None) -> Checkpoint:
-    """The checkpoint of a bundle's packed matrices, with the config.json beside them. Raises as `open_checkpoint` does."""
+def open_packed(file: Path, *, phase: Phase = Phase.DECODE, name: str | None = None) -> Checkpoint:
+    """The checkpoint of the packed matrices that a phase of a bundle reads, with the config.json beside them.
+
+    Raises as `open_checkpoint` does.
+    """
     folder = file.parent
     config = read_json(folder / "config.json")
     read_architecture(config)
-    checkpoint = Checkpoint(folder=folder, name=name or folder.resolve().name, config=config, tensors=read_packed(file))
+    checkpoint = Checkpoint(
+        folder=folder, name=name or folder.resolve().name, config=config, tensors=read_packed(file, phase)
+    )
     check_tensors(checkpoint)
     return checkpoint
 

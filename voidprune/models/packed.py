@@ -12,6 +12,9 @@ of its own that is 2^(bits-1). Layout (onnxruntime, docs/ContribOperators.md, co
 
 Where a whole row is the block, numbers are signed, I8 [N, K], and mean scale * q; scales are F32 [N].
 
+A file may hold a matrix twice, once for each phase: `{matrix}.weight` is then what decode reads, `{matrix}.rows.weight`, row by
+row, what prefill does.
+
 The file is a safetensors file; its metadata say how each matrix is packed. Everything else in it is float32.
 """
 
@@ -25,17 +28,28 @@ from typing import TYPE_CHECKING, Any
 
 from voidprune.errors import CheckpointError
 from voidprune.models.tensors import TensorRecord, read_header, read_metadata, read_rows
+from voidprune.schedule import Phase
 
 if TYPE_CHECKING:
     import numpy as np
 
-PACKED_PRECISIONS = ("int8", "int4", "mixed", "w8a8")
+PACKED_PRECISIONS = ("int8", "int4", "mixed", "w8a8", "w8a8-int4")
 """Names on the command line."""
 PACKED_DTYPE = "NBITS"
 """What stands for a dtype in the record of a packed matrix: nothing that reads floats takes it for one."""
 BITS = (4, 8)
 BLOCK_SIZES = (32, 128)
 METADATA_KEY = "voidprune.packed"
+
+
+def multiplies_rows(precision: str, phase: Phase) -> bool:
+    """Whether a phase multiplies whole numbers by the layers' matrices, packed row by row; else they are packed in blocks."""
+    return precision == "w8a8" or (precision == "w8a8-int4" and phase is Phase.PREFILL)
+
+
+def differs_by_phase(precision: str) -> bool:
+    """Whether each phase has matrices of its own."""
+    return multiplies_rows(precision, Phase.PREFILL) != multiplies_rows(precision, Phase.DECODE)
 
 
 def packed_file(precision: str) -> str:
@@ -118,13 +132,21 @@ def side_name(matrix: str, part: str) -> str:
     return f"{matrix.removesuffix('.weight')}.{part}"
 
 
+_ROWS = ".rows.weight"
+
+
+def rows_name(matrix: str) -> str:
+    """The name of what prefill reads of a matrix that decode reads in blocks."""
+    return f"{matrix.removesuffix('.weight')}{_ROWS}"
+
+
 def find_packed(folder: Path) -> Path | None:
     """The file with packed matrices in a folder, None where it has none."""
     return next((folder / name for name in map(packed_file, PACKED_PRECISIONS) if (folder / name).is_file()), None)
 
 
-def read_packed(file: Path) -> dict[str, TensorRecord]:
-    """The tensors of a file with packed matrices, scales and zero points inside the records of their matrices.
+def read_packed(file: Path, phase: Phase = Phase.DECODE) -> dict[str, TensorRecord]:
+    """The tensors that a phase reads of a file with packed matrices, scales and zero points inside the records of their matrices.
 
     Raises CheckpointError where header, metadata and tensors do not fit together.
     """
@@ -158,7 +180,10 @@ def read_packed(file: Path) -> dict[str, TensorRecord]:
             scales=scales,
             zero_points=zero_points[0] if zero_points else None,
         )
-    return tensors
+    in_rows = {name.removesuffix(_ROWS) + ".weight": tensors.pop(name) for name in described if name.endswith(_ROWS)}
+    if lost := [name for name in in_rows if not isinstance(tensors.get(name), PackedRecord)]:
+        raise CheckpointError(f"{file} holds {lost[0]} for prefill and lacks it for decode")
+    return tensors | in_rows if phase is Phase.PREFILL else tensors
 
 
 def describe_formats(matrices: Mapping[str, tuple[BlockFormat, int]]) -> dict[str, str]:

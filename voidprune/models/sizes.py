@@ -15,7 +15,8 @@ from voidprune.models.quantization import weights_in
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Parts of one decoder layer: bytes, and weights in matrices, of attention, of its K/V part alone, and of the MLP.
+    """Parts of one decoder layer: bytes (as decode reads them), and weights in matrices, of attention, of its K/V part alone, and
+    of the MLP.
 
     Of a mixture of experts, `mlp_bytes` and `mlp_weights` are those of the experts that one token runs; `total_bytes` is all
     that is stored.
@@ -66,24 +67,30 @@ def _integers(document: dict[str, Any], kind: type, *, without: str = "") -> dic
 
 
 def measure_sizes(
-    checkpoint: Checkpoint, *, dtype: str | None = None, size_of: Callable[[TensorRecord], int] | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | None = None,
+    size_of: Callable[[TensorRecord], int] | None = None,
+    read_by_decode: Callable[[TensorRecord], int] | None = None,
 ) -> ModelSizes:
     """Read sizes off the header; with `dtype`, as if float tensors were stored in it.
 
     `size_of` gives the bytes of a tensor that is stored in another way yet; `dtype` is then that of keys and values.
-    A tied head is counted where it is stored, with the embedding. Raises ModelError for packed matrices.
+    `read_by_decode` gives those of its bytes that decode reads, where these are fewer. A tied head is counted where it is stored,
+    with the embedding. Raises ModelError for packed matrices.
     """
     refuse_packed(checkpoint.folder)
 
     def size(record: TensorRecord) -> int:
         return stored_bytes(record, dtype) if size_of is None else size_of(record)
 
+    used = size if read_by_decode is None else read_by_decode
     architecture = checkpoint.architecture
     names = architecture.spec.tensors
     head = checkpoint.tensors[f"{names.embedding if architecture.tied_embeddings else names.head}.weight"]
     tied_copy = f"{names.head}.weight" if architecture.tied_embeddings else None
     return ModelSizes(
-        layers=_measure_layers(checkpoint, size),
+        layers=_measure_layers(checkpoint, size, used),
         other_bytes=sum(
             size(record)
             for record in checkpoint.tensors.values()
@@ -96,24 +103,27 @@ def measure_sizes(
     )
 
 
-def _measure_layers(checkpoint: Checkpoint, size: Callable[[TensorRecord], int]) -> tuple[LayerSizes, ...]:
+def _measure_layers(
+    checkpoint: Checkpoint, stored: Callable[[TensorRecord], int], used: Callable[[TensorRecord], int]
+) -> tuple[LayerSizes, ...]:
     architecture = checkpoint.architecture
     layers: list[dict[str, TensorRecord]] = [{} for _ in range(architecture.num_layers)]
     for record in checkpoint.tensors.values():
         place = architecture.spec.tensors.layer_of(record.name)
         if place is not None and place[0] < len(layers):  # behind them: layers for multi-token prediction
             layers[place[0]][place[1]] = record
-    return tuple(_measure_layer(layer, architecture, checkpoint.config, size) for layer in layers)
+    return tuple(_measure_layer(layer, architecture, checkpoint.config, stored, used) for layer in layers)
 
 
 def _measure_layer(
     layer: dict[str, TensorRecord],
     architecture: DecoderArchitecture,
     config: Config,
-    size: Callable[[TensorRecord], int],
+    stored: Callable[[TensorRecord], int],
+    used: Callable[[TensorRecord], int],
 ) -> LayerSizes:
     names = architecture.spec.tensors
-    used = _share_of_experts(layer, architecture)
+    running = _share_of_experts(layer, architecture)
 
     def measure(parts: tuple[str, ...]) -> tuple[int, int]:
         """(bytes, weights) that a token uses of what belongs to these parts."""
@@ -121,8 +131,8 @@ def _measure_layer(
         for suffix, record in layer.items():
             if not _belongs(suffix, parts):
                 continue
-            share = used if _belongs(suffix, (names.experts,)) else Fraction(1)
-            num_bytes += share * size(record)
+            share = running if _belongs(suffix, (names.experts,)) else Fraction(1)
+            num_bytes += share * used(record)
             num_weights += share * weights_in(suffix, record.shape, config.get("quantization_config"))
         return int(num_bytes), int(num_weights)
 
@@ -133,7 +143,7 @@ def _measure_layer(
         fused = (Fraction(2 * architecture.num_kv_heads, heads) * number for number in measure((names.fused_qkv,)))
         kv = (kv[0] + int(next(fused)), kv[1] + int(next(fused)))
     return LayerSizes(
-        total_bytes=sum(map(size, layer.values())),
+        total_bytes=sum(map(stored, layer.values())),
         attention_bytes=attention[0],
         kv_bytes=kv[0],
         mlp_bytes=mlp[0],

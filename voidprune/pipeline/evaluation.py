@@ -11,6 +11,7 @@ from voidprune import artifacts
 from voidprune.errors import ModelError, ScheduleError
 from voidprune.execution.manifest import is_bundle, read_manifest
 from voidprune.execution.reference import scheduled
+from voidprune.execution.reference_by_phase import scheduled_by_phase
 from voidprune.execution.session import BundleSession
 from voidprune.healing.training_data import check_disjoint
 from voidprune.models.checkpoint import Checkpoint, open_packed, precision_name
@@ -23,7 +24,7 @@ from voidprune.quality.evaluation import Evaluation, count_differences, count_st
 from voidprune.quality.layer_streaming import resident_model
 from voidprune.quality.paired import Comparison, compare_runners
 from voidprune.quality.statistics import CONFIDENCE, NUM_RESAMPLES, SEED
-from voidprune.schedule import Schedule, full_schedule, schedule_hash
+from voidprune.schedule import Phase, Schedule, full_schedule, schedule_hash
 
 WHOLE, REFERENCE, ONNX = "whole model", "reference", "onnx"
 
@@ -228,8 +229,12 @@ def open_runners(
     if manifest.quantization is None:
         slim = load_model(checkpoint.folder, dtype=dtype, device=device)
     else:  # what the graphs must equal: the packed matrices, not what they were made of
-        slim = resident_model(open_packed(checkpoint.folder / manifest.quantization.file), device=device)
+        packed = checkpoint.folder / manifest.quantization.file
+        slim = resident_model(open_packed(packed), device=device)
     runners[REFERENCE] = lambda: scheduled(slim, slim_schedule)
+    if manifest.quantization is not None and manifest.quantization.differs_by_phase:
+        of_prefill = resident_model(open_packed(packed, phase=Phase.PREFILL), device=device)
+        runners[REFERENCE] = lambda: scheduled_by_phase(of_prefill, slim, slim_schedule)
     if manifest.graphs:
         session = BundleSession(checkpoint.folder, provider=provider or default_provider())
         runners[ONNX] = lambda: nullcontext(session)

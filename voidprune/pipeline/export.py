@@ -13,6 +13,7 @@ from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, slim_bytes, slim
 from voidprune.export.quantize import Packing, packed_bytes
 from voidprune.models.checkpoint import PRECISIONS, Checkpoint
 from voidprune.models.graph_architecture import describe_graph_architecture
+from voidprune.models.packed import multiplies_rows
 from voidprune.models.pretrained import check_quantized_runs
 from voidprune.models.tensors import fetch_tensors, missing_bytes
 from voidprune.pipeline.models import default_provider
@@ -20,7 +21,7 @@ from voidprune.pipeline.precision import PackingRequest, choose_packing, measure
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.profiling.calibration import Sample
 from voidprune.quality.parity import count_passes, verify_bundle
-from voidprune.schedule import Schedule
+from voidprune.schedule import Phase, Schedule
 
 
 def default_formats(checkpoint: Checkpoint) -> tuple[tuple[str, ...], str | None]:
@@ -136,7 +137,7 @@ def check_graphs(
 ) -> None:
     """Refuse, before layers are chosen or anything is copied, graphs that could not be written or not be run.
 
-    Raises ModelError; RuntimeProviderError for bf16 on the CPU, and for w8a8 anywhere else.
+    Raises ModelError; RuntimeProviderError for bf16 on the CPU, and for products of rows (w8a8) anywhere else.
     """
     if packing is not None:
         check_packing(packing, formats=formats, operators=operators)
@@ -144,10 +145,11 @@ def check_graphs(
         return
     describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)
     provider = provider or default_provider()
-    if packing is not None and packing.precision == "w8a8" and operators == "ort" and provider == "cuda":
+    rows = packing is not None and multiplies_rows(packing.precision, Phase.PREFILL)
+    if packing is not None and rows and operators == "ort" and provider == "cuda":
         raise RuntimeProviderError(
-            "w8a8 multiplies by an operator (QGemm) for which onnxruntime has no kernel on CUDA",
-            hint="export with --precision int8, or use --provider cpu",
+            f"{packing.precision} multiplies by an operator (QGemm) for which onnxruntime has no kernel on CUDA",
+            hint="export with --precision int8 or int4, or use --provider cpu",
         )
     dtype = PRECISIONS.get(precision, checkpoint.dtype)
     if dtype == "BF16" and packing is None and provider == "cpu":

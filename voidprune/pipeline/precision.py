@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from voidprune.profiling.calibration import Sample, encode_rows, require_respons
 from voidprune.profiling.tracing import generate_responses
 from voidprune.quality.agreement import OpenRunner, measure_agreement
 from voidprune.quality.parity import HEADROOM, free_memory
-from voidprune.schedule import Schedule
+from voidprune.schedule import Phase, Schedule
 
 FEW, MANY = BITS
 
@@ -76,13 +76,15 @@ def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> Mod
         for precision in (("int4", "int8") if mixed else (request.precision,) * 2)
     )
 
-    def size_of(record: TensorRecord) -> int:
+    def size_of(record: TensorRecord, phases: Collection[Phase] = tuple(Phase)) -> int:
         if checkpoint.architecture.spec.tensors.layer_of(record.name) is None:
-            return packed_record_bytes(checkpoint, record, many)
-        sizes = [packed_record_bytes(checkpoint, record, packing) for packing in (few, many)]
+            return packed_record_bytes(checkpoint, record, many, phases)
+        sizes = [packed_record_bytes(checkpoint, record, packing, phases) for packing in (few, many)]
         return round(sizes[0] + share * (sizes[1] - sizes[0]))
 
-    return measure_sizes(checkpoint, dtype="F32", size_of=size_of)
+    return measure_sizes(
+        checkpoint, dtype="F32", size_of=size_of, read_by_decode=lambda record: size_of(record, (Phase.DECODE,))
+    )
 
 
 def choose_packing(

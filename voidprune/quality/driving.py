@@ -59,7 +59,7 @@ def run_reference(model: ScheduledModel, script: Script) -> Array:
     advance(script.first_BT, decode_mask(num_first, num_first, boundary))
     for column in range(script.steps_BK.shape[1]):
         advance(script.steps_BK[:, column : column + 1], [True])
-    if not model.schedule.single_turn:
+    if num_second and not model.schedule.single_turn:
         advance(script.second_BU, decode_mask(num_second, num_second, boundary))
     return np.stack(logits)
 
@@ -93,6 +93,7 @@ class Cached:
     """Prompts, decode steps and a second turn, with a cache as a runtime would have it."""
 
     scripts: Sequence[Script]
+    layer_streamed: bool = False
 
     @classmethod
     def choose(cls, slim: Checkpoint, *, seed: int) -> Cached:
@@ -104,7 +105,11 @@ class Cached:
 
     @property
     def counts(self) -> dict[str, Any]:
-        return {"num_prompts": len(self.scripts), "num_decode_steps": self.scripts[0].steps_BK.shape[1]}
+        return {
+            "num_prompts": len(self.scripts),
+            "num_decode_steps": self.scripts[0].steps_BK.shape[1],
+            "layer_streamed": self.layer_streamed,
+        }
 
     def run_reference(self, model: ScheduledModel) -> list[Array]:
         return [run_reference(model, script) for script in self.scripts]
@@ -139,6 +144,13 @@ class OnePass:
         is_decode_BT = torch.tensor([decode_mask(length, width, self.boundary) for length in self.lengths])
         logits_BTV = model.forward(torch.from_numpy(self.tokens_BT), is_decode_BT=is_decode_BT).float().cpu().numpy()
         return [logits_BTV[row, length - 1 :] for row, length in enumerate(self.lengths)]
+
+    def in_phases(self) -> Cached:
+        """The longest of the prompts with its response, token by token and with a cache: for a reference that is read anew for
+        each, because its phases have weights of their own."""
+        row = self.lengths.index(max(self.lengths))
+        row_BT, length = self.tokens_BT[row : row + 1], self.lengths[row]
+        return Cached([Script(row_BT[:, :length], row_BT[:, length:], row_BT[:, :0])], layer_streamed=True)
 
     def run_session(self, session: BundleSession) -> list[Array]:
         found = []

@@ -24,6 +24,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from voidprune.execution.manifest import Manifest
 from voidprune.execution.providers import PROVIDERS
 from voidprune.quality.work import Work
+from voidprune.schedule import Phase
 
 LARGEST_BUFFER = 2**29
 """Bytes: beyond this a buffer is in no cache, and what it is read with does not change."""
@@ -149,8 +150,9 @@ def _products(manifest: Manifest, provider: str) -> Mapping[str, Sequence[Measur
     found: dict[str, list[Measure]] = {floats: [_float_product(shape, floats, provider) for shape in shapes]}
     packed = manifest.quantization
     if packed is not None:
-        bits = {number for pair in packed.layer_bits for number in pair} if packed.precision != "w8a8" else set()
-        for number in sorted(bits):
+        in_blocks = not packed.multiplies_rows(Phase.DECODE)
+        bits = {number for pair in packed.layer_bits for number in pair}
+        for number in sorted(bits if in_blocks else ()):
             found[f"{number} bits in blocks of {packed.block_size}"] = [
                 _packed_product(shape, number, packed.block_size, packed.activations, provider) for shape in shapes
             ]

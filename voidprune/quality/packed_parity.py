@@ -18,12 +18,13 @@ from voidprune import artifacts
 from voidprune.execution.manifest import FILE as MANIFEST
 from voidprune.execution.manifest import Manifest, Parity, Quantization, read_manifest
 from voidprune.execution.reference import scheduled
+from voidprune.execution.reference_by_phase import scheduled_by_phase
 from voidprune.execution.session import BundleSession
 from voidprune.export.onnx_graph import multiply_exactly, save_graph
 from voidprune.models.checkpoint import INDEX_FILE, Checkpoint, open_packed
 from voidprune.quality.driving import TOLERANCE, Cached, Drive, OnePass, largest_difference, require, require_finite
 from voidprune.quality.layer_streaming import resident_model, streamed_model
-from voidprune.schedule import Schedule
+from voidprune.schedule import Phase, Schedule
 
 
 def check_packed(
@@ -48,26 +49,36 @@ def check_packed(
     assert quantization is not None
     packed = open_packed(folder / quantization.file)
     device = "cuda" if provider == "cuda" else "cpu"
-    meant = _meant_by(packed, source, schedule)
     dropped = set(range(schedule.num_layers)) - set(schedule.union)
-    drive: Drive
+    drive: Drive = Cached.choose(packed, seed=seed)
+    if layer_streamed:
+        one_pass = OnePass.choose(packed, schedule.boundary, seed=seed)
+        drive = one_pass.in_phases() if quantization.differs_by_phase else one_pass
     with ExitStack() as opened:
-        if layer_streamed:
-            drive = OnePass.choose(packed, schedule.boundary, seed=seed)
-            model = opened.enter_context(streamed_model(meant, through="F32", device=device, dropped=dropped))
-        else:
-            drive = Cached.choose(packed, seed=seed)
-            model = resident_model(meant, device=device, dropped=dropped)
-        reference = opened.enter_context(scheduled(model, schedule))
+
+        def load(phase: Phase) -> PreTrainedModel:
+            meant = _meant_by(open_packed(folder / quantization.file, phase=phase), source, schedule)
+            if layer_streamed:
+                return opened.enter_context(streamed_model(meant, through="F32", device=device, dropped=dropped))
+            return resident_model(meant, device=device, dropped=dropped)
+
+        models = {Phase.DECODE: load(Phase.DECODE)}
+        running = scheduled(models[Phase.DECODE], schedule)
+        if quantization.differs_by_phase:
+            models[Phase.PREFILL] = load(Phase.PREFILL)
+            running = scheduled_by_phase(models[Phase.PREFILL], models[Phase.DECODE], schedule)
+        reference = opened.enter_context(running)
         expected = drive.run_reference(reference)
         require_finite(expected, name=source.name)
         on_pass()
         tolerance = None
         if quantization.activations == "int8":
-            with _rounded_activations(model, quantization):
+            with ExitStack() as rounded_by:
+                for phase, model in models.items():
+                    rounded_by.enter_context(_rounded_activations(model, quantization, phase))
                 tolerance = 2 * largest_difference(drive.run_reference(reference), expected)
             on_pass()
-    del model, reference
+    del models, reference, running
     rounded = None
     if tolerance is not None:
         rounded = largest_difference(drive.run_session(BundleSession(folder, provider=provider)), expected)
@@ -93,17 +104,17 @@ def _meant_by(packed: Checkpoint, source: Checkpoint, schedule: Schedule) -> Che
 
 
 @contextmanager
-def _rounded_activations(model: PreTrainedModel, quantization: Quantization) -> Iterator[None]:
+def _rounded_activations(model: PreTrainedModel, quantization: Quantization, phase: Phase) -> Iterator[None]:
     """Linear layers read what `MatMulNBits` with accuracy_level 4 multiplies: blocks of 8-bit numbers, the largest at 127.
 
     As onnxruntime does it: onnxruntime/core/mlas/lib/sqnbitgemm_kernel_avx512_int8_blklen32.h and its like, QuantizeARow.
-    In w8a8, a block is all that a token brings to a product; only the head keeps its own.
+    Where a phase multiplies rows, a block is all that a token brings to a product; only the head keeps its own.
     """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
     def round_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (value,) = args
-        whole = quantization.precision == "w8a8" and module is not head
+        whole = quantization.multiplies_rows(phase) and module is not head
         block_size = value.shape[-1] if whole else quantization.block_size
         padded = nn.functional.pad(value, (0, -value.shape[-1] % block_size))
         blocks = padded.reshape(*padded.shape[:-1], -1, block_size)

@@ -69,6 +69,8 @@ def verify_bundle(
         available_bytes = free_memory(device)
     copy_bytes = sum(4 * math.prod(record.shape) for record in slim.tensors.values())
     needed = max(_loaded_bytes(source, "F32" if slim.is_packed else manifest.dtype), copy_bytes)
+    if manifest.quantization is not None and manifest.quantization.differs_by_phase:
+        needed = max(needed, 2 * _loaded_bytes(source, "F32"))  # a model for each phase
     fits = needed * HEADROOM <= available_bytes
     if not fits:
         _require_layer_fits(source, available_bytes)

@@ -75,4 +75,9 @@ def describe_fidelity(fidelity: Fidelity | None) -> str:
 
 def _describe_blocks(quantization: Quantization) -> str:
     blocks = f"in blocks of {quantization.block_size}{' with zero points' if quantization.zero_points else ''}"
-    return f"row by row; the head {blocks}" if quantization.precision == "w8a8" else blocks
+    rows = {phase for phase in Phase if quantization.multiplies_rows(phase)}
+    if not rows:
+        return blocks
+    if rows == set(Phase):
+        return f"row by row; the head {blocks}"
+    return f"{blocks}; for prefill once more,\nin 8 bits row by row"
