@@ -28,7 +28,7 @@ def places(model: onnx.ModelProto) -> list[tuple[str, ...]]:
 def test_nothing_is_lost_and_weights_are_named_once(llama: TinyModel, make_bundle: MakeBundle) -> None:
     folder = make_bundle(llama, mixed(llama)).folder
     apart = [onnx.load(folder / f"{phase}.onnx", load_external_data=False) for phase in ("prefill", "decode")]
-    both = compose_graphs(folder / "prefill.onnx", folder / "decode.onnx")
+    both = compose_graphs(folder / "prefill.onnx", folder / "decode.onnx", as_exported=True).model
     assert set(places(both)) == {place for model in apart for place in places(model)}
     assert len(places(both)) == len(set(places(both))) < sum(len(places(model)) for model in apart)
     inputs = {value.name for model in apart for value in model.graph.input}

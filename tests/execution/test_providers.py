@@ -79,7 +79,7 @@ def test_weights_are_in_memory_once_packed_or_not(bundle: Bundle) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("precision", ["fp32", "int4", "w8a8", "w8a8-int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int4", "w8a8"])
 def test_weights_are_laid_out_once_for_both_phases_or_stay_in_their_file(
     bundle: Bundle, tmp_path: Path, precision: str
 ) -> None:

@@ -23,7 +23,7 @@ from tests.strategies import schedules
 from tests.tiny_models import NUM_LAYERS, TinyModel
 from voidprune.errors import ModelError
 from voidprune.execution.manifest import Parity
-from voidprune.execution.session import remove_padding
+from voidprune.execution.session import BundleSession, remove_padding
 from voidprune.export.bundle import export_bundle
 from voidprune.export.hf_checkpoint import write_slim_checkpoint
 from voidprune.export.onnx_graph import author_decode, author_prefill, graph_slots
@@ -430,7 +430,7 @@ def padded_feeds(graph: ort.InferenceSession) -> dict[str, np.ndarray[Any, Any]]
 
 def test_a_padded_row_gets_no_answer_and_the_others_their_own(llama: TinyModel, make_bundle: MakeBundle) -> None:
     """Runtimes that pad prompts on the left, as transformers does, must not take what comes out for logits."""
-    session = make_bundle(llama, full_schedule(llama.identity)).session
+    session = BundleSession(make_bundle(llama, full_schedule(llama.identity)).folder, as_exported=True)
     graph = session.sessions[Phase.DECODE]
     logits = graph.run(["logits"], {**padded_feeds(graph), **session.choices[Phase.DECODE]})[0][:, -1]
     expected = session.start(max_positions=8).prefill([PADDED_PROMPT])[0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from voidprune.execution.buffer_attention import attend_by_products
 from voidprune.schedule import Phase
 
 if TYPE_CHECKING:
@@ -21,10 +22,20 @@ PHASE_INPUT = "is_prefill"
 """The input, a scalar bool, that chooses the branch."""
 
 
-def compose_graphs(prefill: Path, decode: Path) -> onnx.ModelProto:
+@dataclass(frozen=True)
+class ComposedGraphs:
+    """Both graphs as one model. `scored_heads`: attention heads of a layer whose scores decode has in memory, all positions of the
+    buffers for all of its tokens; 0 where onnxruntime's own operator keeps them to itself."""
+
+    model: onnx.ModelProto
+    scored_heads: int
+
+
+def compose_graphs(prefill: Path, decode: Path, *, as_exported: bool = False) -> ComposedGraphs:
     """One model with the inputs and outputs of both graphs, and PHASE_INPUT. Weights stay in their files, beside the graphs.
 
-    A slot of the cache that one phase does not write passes through it: past and present are one buffer there as well.
+    A slot of the cache that one phase does not write passes through it: past and present are one buffer there as well. Decode
+    attends in another way where that is faster (`buffer_attention.py`), unless it is to be `as_exported`.
     """
     import onnx
 
@@ -32,6 +43,7 @@ def compose_graphs(prefill: Path, decode: Path) -> onnx.ModelProto:
         phase: onnx.load(path, load_external_data=False)
         for phase, path in ((Phase.PREFILL, prefill), (Phase.DECODE, decode))
     }
+    scored_heads = 0 if as_exported else attend_by_products(models[Phase.DECODE])
     graphs = {phase: model.graph for phase, model in models.items()}
     shared = _Shared()
     inputs = _by_name(value for graph in graphs.values() for value in graph.input)
@@ -57,9 +69,10 @@ def compose_graphs(prefill: Path, decode: Path) -> onnx.ModelProto:
         list(shared.weights.values()),
     )
     opsets = {opset.domain: opset for model in models.values() for opset in model.opset_import}
-    return onnx.helper.make_model(
+    composed = onnx.helper.make_model(
         graph, opset_imports=list(opsets.values()), ir_version=max(model.ir_version for model in models.values())
     )
+    return ComposedGraphs(composed, scored_heads)
 
 
 def _by_name(values: Iterable[onnx.ValueInfoProto]) -> dict[str, onnx.ValueInfoProto]:

@@ -33,26 +33,30 @@ class OpenSessions:
     """What runs each phase; one session where both are one model or one graph.
 
     `choices` is what a session of both phases has to be told beside its other inputs: {PHASE_INPUT: whether it is prefill}.
-    `last_only` says of which phases logits come for the last token alone. `weight_copies` is how often the weights are in the
-    memory of the device. `device_bytes` is the memory that loading took there, weights and sessions together; None on the CPU
-    and where nobody could measure it. `weights` is what the sessions point at: it has to live as long as they do.
+    `last_only` says of which phases logits come for the last token alone. `scored_heads` is that of
+    `composition.ComposedGraphs`. `weight_copies` is how often the weights are in the memory of the device. `device_bytes` is the
+    memory that loading took there, weights and sessions together; None on the CPU and where nobody could measure it. `weights` is
+    what the sessions point at: it has to live as long as they do.
     """
 
     by_phase: Mapping[Phase, ort.InferenceSession]
     choices: Mapping[Phase, Mapping[str, Array]]
     last_only: Mapping[Phase, bool]
+    scored_heads: int
     weight_copies: int
     device_bytes: int | None
     weights: DeviceWeights | None
 
 
-def open_sessions(folder: Path, manifest: Manifest, *, provider: str, prepack: bool = True) -> OpenSessions:
+def open_sessions(
+    folder: Path, manifest: Manifest, *, provider: str, prepack: bool = True, as_exported: bool = False
+) -> OpenSessions:
     """Open every graph of a bundle on a provider. Raises RuntimeProviderError.
 
     On the CPU both graphs are opened as one model, so that onnxruntime packs the weights once for both; without `prepack`
     float32 weights stay pages of their file, which opens at once and decodes more slowly. Packed bits (int4, int8) are always
-    laid out: their kernels are made for nothing else. On CUDA every session would copy its weights to the device, so they are
-    loaded there once and lent to all sessions; that takes torch.
+    laid out: their kernels are made for nothing else. `as_exported` is that of `composition.compose_graphs`. On CUDA every session
+    would copy its weights to the device, so they are loaded there once and lent to all sessions; that takes torch.
     """
     graphs = {phase: folder / graph.file for phase, graph in manifest.graphs.items()}
     if provider != "cpu":
@@ -65,13 +69,14 @@ def open_sessions(folder: Path, manifest: Manifest, *, provider: str, prepack: b
     is_pair = len(set(graphs.values())) > 1
     # Weights in 16 bits are widened before they are packed, and a branch would widen those from outside at every step.
     if prepack and is_pair and not is_widened:
-        composed = compose_graphs(graphs[Phase.PREFILL], graphs[Phase.DECODE])
-        session = _open_session(composed.SerializeToString(), folder, provider=provider, prepack=True)
-        branches = {branch.g.name: branch.g for branch in composed.graph.node[-1].attribute}
+        composed = compose_graphs(graphs[Phase.PREFILL], graphs[Phase.DECODE], as_exported=as_exported)
+        session = _open_session(composed.model.SerializeToString(), folder, provider=provider, prepack=True)
+        branches = {branch.g.name: branch.g for branch in composed.model.graph.node[-1].attribute}
         return OpenSessions(
             by_phase=dict.fromkeys(Phase, session),
             choices={phase: {PHASE_INPUT: np.array(phase is Phase.PREFILL)} for phase in Phase},
             last_only={phase: _is_last_only(branches[str(phase)].output[0]) for phase in Phase},
+            scored_heads=composed.scored_heads,
             weight_copies=1,
             device_bytes=None,
             weights=None,
@@ -114,6 +119,7 @@ def _apart(
         by_phase={phase: opened[path] for phase, path in graphs.items()},
         choices={phase: {} for phase in graphs},
         last_only={phase: opened[path].get_outputs()[0].shape[1] == 1 for phase, path in graphs.items()},
+        scored_heads=0,
         weight_copies=weight_copies,
         device_bytes=device_bytes,
         weights=weights,

@@ -31,6 +31,10 @@ from voidprune.schedule import Boundary, Phase
 Array = np.ndarray[Any, Any]
 LOGIT_VALUES = 2**24
 """Logits that one step of scoring makes at most: 64 MiB in float32, twice that while they are worked on in float64."""
+SCORE_VALUES = 2**24
+"""Attention scores of a layer that several tokens of decode make at most: 64 MiB in float32."""
+_SPARE_POSITIONS = 64
+"""Of K/V buffers, at least, when they are made; a quarter of what they hold where that is more."""
 _HOST_DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -45,11 +49,18 @@ class BundleSession:
     """
 
     def __init__(
-        self, folder: Path, *, provider: str = "cpu", prepack: bool = True, verify_hashes: bool = False
+        self,
+        folder: Path,
+        *,
+        provider: str = "cpu",
+        prepack: bool = True,
+        as_exported: bool = False,
+        verify_hashes: bool = False,
     ) -> None:
         """Raises ModelError, CheckpointError and ArtifactError (files damaged), RuntimeProviderError (provider absent or unable).
 
-        `prepack` is that of `providers.open_sessions`: fast steps, or open at once. With `verify_hashes` every file is read and
+        `prepack` and `as_exported` are those of `providers.open_sessions`: fast steps, or open at once; steps made faster, or what
+        the files say. With `verify_hashes` every file is read and
         compared with its hash, not only sizes, headers and graphs.
         """
         self.folder = folder
@@ -58,10 +69,11 @@ class BundleSession:
             raise ModelError(f"{folder} holds no ONNX graphs", hint="export it with --format onnx")
         check_files(folder, self.manifest, verify_hashes=verify_hashes)
         self.provider = provider
-        opened = open_sessions(folder, self.manifest, provider=provider, prepack=prepack)
+        opened = open_sessions(folder, self.manifest, provider=provider, prepack=prepack, as_exported=as_exported)
         self.weight_copies, self.device_bytes = opened.weight_copies, opened.device_bytes
         self._weights = opened.weights
         self.sessions, self.choices, self.last_only = opened.by_phase, opened.choices, opened.last_only
+        self.scored_heads = opened.scored_heads
         self.boundary = self.manifest.schedule.boundary
         logits = self.sessions[Phase.DECODE].get_outputs()[0]
         if logits.type not in _HOST_DTYPES:
@@ -72,7 +84,7 @@ class BundleSession:
         self.dtype = np.dtype(_HOST_DTYPES[logits.type])
 
     def start(self, num_rows: int = 1, *, max_positions: int) -> Conversation:
-        """Empty K/V buffers for `num_rows` token sequences of at most `max_positions` tokens each. Raises ContextLengthError."""
+        """K/V buffers for `num_rows` token sequences of at most `max_positions` tokens each. Raises ContextLengthError."""
         if max_positions < 1:
             raise ContextLengthError(f"{max_positions} positions hold no token", hint="ask for one or more")
         if max_positions > self.manifest.context_length:
@@ -149,24 +161,36 @@ class BundleSession:
 
 
 class Conversation:
-    """K/V buffers of some token sequences, and the `tokens` of each that are in them. Made by `BundleSession.start`."""
+    """K/V buffers of some token sequences, and the `tokens` of each that are in them. Made by `BundleSession.start`.
+
+    On the CPU the buffers grow with what is in them, up to `max_positions`; elsewhere they are made as long as that.
+    """
 
     def __init__(self, session: BundleSession, *, num_rows: int, max_positions: int) -> None:
         self.session = session
         self.max_positions = max_positions
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        self.num_positions = 0
         self.buffers: dict[str, ort.OrtValue] = {}
-        for running in session.sessions.values():
+        self._bindings: dict[tuple[Phase, int, int], ort.IOBinding] = {}
+        if session.provider != "cpu":
+            self._make_buffers(max_positions)
+
+    def _make_buffers(self, num_positions: int) -> None:
+        """Of so many positions, with what was in those before, if there were any."""
+        before, self.buffers = self.buffers, {}
+        for running in self.session.sessions.values():
             for argument in running.get_inputs():
                 if argument.name.startswith("past_key_values.") and argument.name not in self.buffers:
                     _, num_kv_heads, _, head_dim = argument.shape
-                    shape = [num_rows, num_kv_heads, max_positions, head_dim]
                     # Zeros of any type are zero bytes, and numpy has no bfloat16 that onnxruntime takes.
-                    bits = np.dtype(f"u{session.dtype.itemsize}")
-                    self.buffers[argument.name] = ort.OrtValue.ortvalue_from_numpy(
-                        np.zeros(shape, bits), session.provider
-                    )
-        self._bindings: dict[tuple[Phase, int, int], ort.IOBinding] = {}
+                    bits = np.dtype(f"u{self.session.dtype.itemsize}")
+                    content = np.zeros([len(self.tokens), num_kv_heads, num_positions, head_dim], bits)
+                    if argument.name in before:
+                        content[:, :, : self.num_positions] = before[argument.name].numpy()
+                    self.buffers[argument.name] = ort.OrtValue.ortvalue_from_numpy(content, self.session.provider)
+        self.num_positions = num_positions
+        self._bindings.clear()
 
     @property
     def lengths(self) -> list[int]:
@@ -216,9 +240,16 @@ class Conversation:
 
     def decode(self, tokens_BT: Array) -> Array:
         """Process T generated tokens a row. Returns the logits after each, [B, T, V]. Raises ContextLengthError, ModelError."""
-        if tokens_BT.shape[1] == 1 or len(self.tokens) == 1:
-            return self._run(Phase.DECODE, tokens_BT, slice(0, len(tokens_BT)))
-        rows = [self._run(Phase.DECODE, tokens_BT[row : row + 1], slice(row, row + 1)) for row in range(len(tokens_BT))]
+        num_rows, num_tokens = tokens_BT.shape
+        if num_tokens == 1:
+            return self._run(Phase.DECODE, tokens_BT, slice(0, num_rows))
+        size = max(1, SCORE_VALUES // max(1, self.session.scored_heads * self.max_positions))
+        rows = []
+        for row in range(num_rows):
+            pieces = [tokens_BT[row : row + 1, start : start + size] for start in range(0, num_tokens, size)]
+            rows.append(
+                np.concatenate([self._run(Phase.DECODE, piece, slice(row, row + 1)) for piece in pieces], axis=1)
+            )
         return np.concatenate(rows)
 
     def _run(self, phase: Phase, tokens_BT: Array, rows: slice) -> Array:
@@ -230,6 +261,8 @@ class Conversation:
                 hint="start the conversation with more positions",
             )
         check_vocabulary(tokens_BT, self.session.vocab_size)
+        if max(lengths) > self.num_positions:
+            self._make_buffers(min(self.max_positions, max(lengths) + max(_SPARE_POSITIONS, max(lengths) // 4)))
         mask_BS = (np.arange(max(lengths)) < np.array(lengths)[:, np.newaxis]).astype(np.int64)
         num_logits = 1 if self.session.last_only[phase] else num_tokens
         logits = np.empty((num_rows, num_logits, self.session.vocab_size), self.session.dtype)

@@ -85,7 +85,8 @@ def check_packed(
         require(rounded, tolerance, what=f"the ONNX graphs on {provider}, which round activations to 8 bits,")
         on_pass()
     with _without_rounding(folder, manifest) as exact:
-        onnx = largest_difference(drive.run_session(BundleSession(exact, provider=provider)), expected)
+        session = BundleSession(exact, provider=provider, as_exported=True)
+        onnx = largest_difference(drive.run_session(session), expected)
     require(onnx, TOLERANCE, what=f"the ONNX graphs on {provider}")
     on_pass()
     return Parity(hf=None, onnx=onnx, tolerance=TOLERANCE, rounded=rounded, rounded_tolerance=tolerance, **drive.counts)

@@ -1,0 +1,191 @@
+"""Attention of decode by products over whole buffers is what onnxruntime's own operator computes, whatever it is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.conftest import MakeBundle, open_plainly
+from tests.execution.test_session import mixed, random_prompts
+from tests.tiny_models import TinyModel
+from voidprune.execution import session as sessions
+from voidprune.execution.buffer_attention import attend_by_products
+from voidprune.execution.session import BundleSession
+from voidprune.schedule import full_schedule
+
+HEADS, GROUPS, SIZE, POSITIONS = 6, 2, 32, 12
+FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
+
+
+def attention_model(*, packed: bool, rotary: int, heads: int = HEADS, **attributes: Any) -> onnx.ModelProto:
+    """Two layers of GroupQueryAttention as decode graphs have it; `rotary`: how much of a head is turned."""
+    widths = {"query": heads * SIZE, "key": GROUPS * SIZE, "value": GROUPS * SIZE}
+    if packed:
+        widths = {"query": sum(widths.values())}
+    inputs = {name: (FLOAT, ["batch", "tokens", width]) for name, width in widths.items()}
+    inputs |= {"input_ids": (INT64, ["batch", "tokens"]), "last": (INT32, ["batch"]), "total": (INT32, [])}
+    nodes, constants, tables = [], [], []
+    if rotary:
+        angles = np.random.default_rng(0).standard_normal((1, rotary // 2)).astype(np.float32)
+        places = np.arange(40, dtype=np.float32)[:, np.newaxis]
+        constants = [onnx.numpy_helper.from_array(array, name) for name, array in (("a", angles), ("p", places))]
+        nodes = [onnx.helper.make_node("Mul", ["p", "a"], ["angles"])]
+        nodes += [onnx.helper.make_node(kind, ["angles"], [kind]) for kind in ("Cos", "Sin")]
+        tables = ["Cos", "Sin"]
+    outputs = {}
+    for layer in range(2):
+        cache = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+        present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        shape = (FLOAT, ["batch", GROUPS, "positions", SIZE])
+        inputs |= dict.fromkeys(cache, shape)
+        outputs |= dict.fromkeys(present, shape) | {f"output.{layer}": (FLOAT, ["batch", "tokens", heads * SIZE])}
+        fed = ["query", "", ""] if packed else ["query", "key", "value"]
+        node = onnx.helper.make_node(
+            "GroupQueryAttention",
+            [*fed, *cache, "last", "total", *tables],
+            [f"output.{layer}", *present],
+            domain="com.microsoft",
+            num_heads=heads,
+            kv_num_heads=GROUPS,
+            do_rotary=int(bool(rotary)),
+            **attributes,
+        )
+        nodes.append(node)
+    values = [
+        [onnx.helper.make_tensor_value_info(name, *kind) for name, kind in named.items()] for named in (inputs, outputs)
+    ]
+    opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph(nodes, "attention", *values, constants)
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def run(model: onnx.ModelProto, path: Path, feeds: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    onnx.save(model, path)
+    session = open_plainly(path)
+    names = [value.name for value in session.get_outputs()]
+    known = {value.name for value in session.get_inputs()}
+    found = session.run(None, {name: array for name, array in feeds.items() if name in known})
+    return dict(zip(names, found, strict=True))
+
+
+def random_feeds(model: onnx.ModelProto, lengths: tuple[int, ...], num_tokens: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Rows of these many tokens before, and as many new ones each. Behind them the buffers hold what must not count."""
+    random = np.random.default_rng(1)
+    sizes = {"batch": len(lengths), "tokens": num_tokens, "positions": POSITIONS}
+    feeds = {}
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        if kind.elem_type == FLOAT:
+            shape = [dim.dim_value or sizes[dim.dim_param] for dim in kind.shape.dim]
+            feeds[value.name] = random.standard_normal(shape).astype(np.float32)
+    feeds["input_ids"] = np.zeros((len(lengths), num_tokens), np.int64)
+    feeds["last"] = np.array([length + num_tokens - 1 for length in lengths], np.int32)
+    feeds["total"] = np.array(max(lengths) + num_tokens, np.int32)
+    return feeds
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"packed": True, "rotary": SIZE},
+    {"packed": False, "rotary": SIZE},
+    {"packed": True, "rotary": 0},
+    {"packed": False, "rotary": 0, "scale": 0.3},
+    {"packed": True, "rotary": 16},
+    {"packed": True, "rotary": SIZE, "rotary_interleaved": 1},
+    {"packed": True, "rotary": SIZE, "local_window_size": 3},
+    {"packed": True, "rotary": SIZE, "softcap": 2.0, "local_window_size": 5},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(("lengths", "num_tokens"), [((0,), 1), ((7,), 1), ((7,), 4), ((7, 2, 5), 1)])
+def test_outputs_and_buffers_are_those_of_the_operator(
+    tmp_path: Path, settings: dict[str, Any], lengths: tuple[int, ...], num_tokens: int
+) -> None:
+    model = attention_model(**settings)
+    feeds = random_feeds(model, lengths, num_tokens)
+    expected = run(model, tmp_path / "operator.onnx", feeds)
+    assert attend_by_products(model) == HEADS
+    assert "GroupQueryAttention" not in {node.op_type for node in model.graph.node}
+    found = run(model, tmp_path / "products.onnx", feeds)
+    for name, values in expected.items():
+        if name.startswith("output"):
+            np.testing.assert_allclose(found[name], values, atol=2e-6, rtol=1e-5)
+            continue
+        for row, length in enumerate(lengths):  # the operator leaves zeros behind them where buffers are not shared
+            used = length + num_tokens
+            np.testing.assert_allclose(found[name][row, :, :used], values[row, :, :used], atol=1e-6)
+
+
+def test_what_all_layers_share_is_computed_once() -> None:
+    model = attention_model(packed=True, rotary=SIZE, local_window_size=3)
+    attend_by_products(model)
+    kinds = [node.op_type for node in model.graph.node]
+    assert (kinds.count("Tile"), kinds.count("Softmax")) == (1, 2)
+
+
+def test_heads_of_their_own_and_halves_are_left_to_the_operator() -> None:
+    alone = attention_model(packed=True, rotary=SIZE, heads=GROUPS)
+    half = attention_model(packed=True, rotary=SIZE)
+    for value in half.graph.input:
+        if value.name.startswith("past_key_values."):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for model in (alone, half):
+        before = model.SerializeToString(deterministic=True)
+        assert attend_by_products(model) == 0
+        assert model.SerializeToString(deterministic=True) == before
+
+
+def test_bundles_decode_by_products_unless_they_are_to_run_as_exported(
+    llama: TinyModel, make_bundle: MakeBundle
+) -> None:
+    folder = make_bundle(llama, mixed(llama)).folder
+    assert BundleSession(folder).scored_heads == llama.checkpoint.architecture.num_heads
+    assert BundleSession(folder, as_exported=True).scored_heads == 0
+    assert BundleSession(folder, prepack=False).scored_heads == 0
+
+
+# ---- buffers
+
+
+def test_buffers_that_grow_hold_what_was_in_them(llama: TinyModel, make_bundle: MakeBundle) -> None:
+    """Two rows of unequal length, over several sizes of the buffers, beside buffers that are long enough from the start."""
+    session = make_bundle(llama, mixed(llama)).session
+    prompts = random_prompts(llama, (9, 4))
+    growing, ready = session.start(2, max_positions=160), session.start(2, max_positions=160)
+    ready._make_buffers(160)
+    sizes = set()
+    for turn in range(3):
+        np.testing.assert_allclose(growing.prefill(prompts), ready.prefill(prompts), atol=1e-5)
+        for token in range(40):
+            tokens = np.full((2, 1), 5 + (token + turn) % 50)
+            np.testing.assert_allclose(growing.decode(tokens), ready.decode(tokens), atol=1e-5)
+            sizes.add(growing.num_positions)
+    assert len(sizes) > 2
+    assert max(sizes) <= 160
+    assert growing.tokens == ready.tokens
+
+
+def test_buffers_are_no_longer_than_the_conversation_may_be(llama: TinyModel, make_bundle: MakeBundle) -> None:
+    conversation = make_bundle(llama, full_schedule(llama.identity)).session.start(max_positions=10)
+    conversation.prefill([[5, 6, 7]])
+    assert conversation.num_positions == 10
+
+
+def test_many_tokens_are_decoded_in_pieces(
+    llama: TinyModel, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_bundle(llama, full_schedule(llama.identity)).session
+    tokens = np.array(random_prompts(llama, (11, 11)))
+    found = []
+    for values in (sessions.SCORE_VALUES, 3 * session.scored_heads * 32, 1):
+        monkeypatch.setattr(sessions, "SCORE_VALUES", values)
+        conversation = session.start(2, max_positions=32)
+        conversation.prefill([[5, 6, 7], [8, 9]])
+        found.append(conversation.decode(tokens))
+        assert conversation.lengths == [14, 13]
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
