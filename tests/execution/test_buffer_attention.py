@@ -1,4 +1,4 @@
-"""Attention of decode by products over whole buffers is what onnxruntime's own operator computes, whatever it is asked."""
+"""Attention by products over buffers is what onnxruntime's own operator computes, whatever it is asked."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 from tests.conftest import MakeBundle, open_plainly
 from tests.execution.test_session import mixed, random_prompts
-from tests.tiny_models import TinyModel
+from tests.tiny_models import TinyModel, build_model
 from voidprune.execution import session as sessions
-from voidprune.execution.buffer_attention import attend_by_products
+from voidprune.execution.buffer_attention import SHORT_PROMPT, rewrite_decode, rewrite_prefill
 from voidprune.execution.session import BundleSession
 from voidprune.schedule import full_schedule
 
-HEADS, GROUPS, SIZE, POSITIONS = 6, 2, 32, 12
+HEADS, GROUPS, SIZE = 6, 2, 32
 FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
 
 
@@ -31,7 +31,7 @@ def attention_model(*, packed: bool, rotary: int, heads: int = HEADS, **attribut
     nodes, constants, tables = [], [], []
     if rotary:
         angles = np.random.default_rng(0).standard_normal((1, rotary // 2)).astype(np.float32)
-        places = np.arange(40, dtype=np.float32)[:, np.newaxis]
+        places = np.arange(300, dtype=np.float32)[:, np.newaxis]
         constants = [onnx.numpy_helper.from_array(array, name) for name, array in (("a", angles), ("p", places))]
         nodes = [onnx.helper.make_node("Mul", ["p", "a"], ["angles"])]
         nodes += [onnx.helper.make_node(kind, ["angles"], [kind]) for kind in ("Cos", "Sin")]
@@ -72,10 +72,12 @@ def run(model: onnx.ModelProto, path: Path, feeds: dict[str, np.ndarray[Any, Any
     return dict(zip(names, found, strict=True))
 
 
-def random_feeds(model: onnx.ModelProto, lengths: tuple[int, ...], num_tokens: int) -> dict[str, np.ndarray[Any, Any]]:
+def random_feeds(
+    model: onnx.ModelProto, lengths: tuple[int, ...], num_tokens: int, *, positions: int
+) -> dict[str, np.ndarray[Any, Any]]:
     """Rows of these many tokens before, and as many new ones each. Behind them the buffers hold what must not count."""
     random = np.random.default_rng(1)
-    sizes = {"batch": len(lengths), "tokens": num_tokens, "positions": POSITIONS}
+    sizes = {"batch": len(lengths), "tokens": num_tokens, "positions": positions}
     feeds = {}
     for value in model.graph.input:
         kind = value.type.tensor_type
@@ -106,11 +108,39 @@ def test_outputs_and_buffers_are_those_of_the_operator(
     tmp_path: Path, settings: dict[str, Any], lengths: tuple[int, ...], num_tokens: int
 ) -> None:
     model = attention_model(**settings)
-    feeds = random_feeds(model, lengths, num_tokens)
+    feeds = random_feeds(model, lengths, num_tokens, positions=12)
     expected = run(model, tmp_path / "operator.onnx", feeds)
-    assert attend_by_products(model) == HEADS
+    assert rewrite_decode(model, least_width=0) == HEADS
     assert "GroupQueryAttention" not in {node.op_type for node in model.graph.node}
-    found = run(model, tmp_path / "products.onnx", feeds)
+    assert_same(run(model, tmp_path / "products.onnx", feeds), expected, lengths, num_tokens)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, {"packed": True, "rotary": SIZE, "heads": GROUPS}], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "num_tokens", "positions"),
+    [((0,), SHORT_PROMPT, 96), ((0,), 97, 97), ((0, 0), 128, 140), ((50,), 161, 250), ((3,), 1, 5)],
+)
+def test_long_prompts_attend_in_chunks_to_the_same_end(
+    tmp_path: Path, settings: dict[str, Any], lengths: tuple[int, ...], num_tokens: int, positions: int
+) -> None:
+    """Whole chunks, chunks that overlap, buffers that end with the prompt, tokens before it; and prompts that are short."""
+    model = attention_model(**settings)
+    feeds = random_feeds(model, lengths, num_tokens, positions=positions)
+    expected = run(model, tmp_path / "operator.onnx", feeds)
+    rewrite_prefill(model, least_width=0)
+    assert [node.op_type for node in model.graph.node].count("If") == 2
+    found = run(model, tmp_path / "chunks.onnx", feeds)
+    assert_same(found, expected, lengths, num_tokens)
+    exact = all((found[name] == values).all() for name, values in expected.items() if name.startswith("output"))
+    assert exact == (num_tokens <= SHORT_PROMPT)
+
+
+def assert_same(
+    found: dict[str, np.ndarray[Any, Any]],
+    expected: dict[str, np.ndarray[Any, Any]],
+    lengths: tuple[int, ...],
+    num_tokens: int,
+) -> None:
     for name, values in expected.items():
         if name.startswith("output"):
             np.testing.assert_allclose(found[name], values, atol=2e-6, rtol=1e-5)
@@ -122,30 +152,49 @@ def test_outputs_and_buffers_are_those_of_the_operator(
 
 def test_what_all_layers_share_is_computed_once() -> None:
     model = attention_model(packed=True, rotary=SIZE, local_window_size=3)
-    attend_by_products(model)
+    rewrite_decode(model, least_width=0)
     kinds = [node.op_type for node in model.graph.node]
     assert (kinds.count("Tile"), kinds.count("Softmax")) == (1, 2)
 
 
-def test_heads_of_their_own_and_halves_are_left_to_the_operator() -> None:
+def test_heads_of_their_own_halves_and_narrow_layers_are_left_to_the_operator() -> None:
     alone = attention_model(packed=True, rotary=SIZE, heads=GROUPS)
     half = attention_model(packed=True, rotary=SIZE)
     for value in half.graph.input:
         if value.name.startswith("past_key_values."):
             value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    for model in (alone, half):
+    narrow = attention_model(packed=True, rotary=SIZE)
+    for model, width in ((alone, 0), (half, 0), (narrow, HEADS * SIZE + 1)):
         before = model.SerializeToString(deterministic=True)
-        assert attend_by_products(model) == 0
+        assert rewrite_decode(model, least_width=width) == 0
         assert model.SerializeToString(deterministic=True) == before
+    for model, width in ((half, 0), (narrow, HEADS * SIZE + 1)):
+        rewrite_prefill(model, least_width=width)
+        assert "If" not in {node.op_type for node in model.graph.node}
 
 
-def test_bundles_decode_by_products_unless_they_are_to_run_as_exported(
-    llama: TinyModel, make_bundle: MakeBundle
-) -> None:
-    folder = make_bundle(llama, mixed(llama)).folder
-    assert BundleSession(folder).scored_heads == llama.checkpoint.architecture.num_heads
-    assert BundleSession(folder, as_exported=True).scored_heads == 0
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    sizes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    return build_model("llama", tmp_path_factory.mktemp("wide"), **sizes)
+
+
+def test_wide_bundles_answer_as_exported(wide: TinyModel, make_bundle: MakeBundle) -> None:
+    """Phases that differ, a long prompt, a second turn, rows of unequal length."""
+    folder = make_bundle(wide, mixed(wide)).folder
+    mended, exported = BundleSession(folder), BundleSession(folder, as_exported=True)
+    assert (mended.scored_heads, exported.scored_heads) == (8, 0)
     assert BundleSession(folder, prepack=False).scored_heads == 0
+    for lengths in ((110,), (100, 3)):
+        found = []
+        for session in (mended, exported):
+            conversation = session.start(len(lengths), max_positions=150)
+            logits = [conversation.prefill(random_prompts(wide, lengths))]
+            logits += [conversation.decode(np.full((len(lengths), 1), token))[:, -1] for token in (5, 6, 7)]
+            logits.append(conversation.prefill(random_prompts(wide, [20] * len(lengths), seed=1)))
+            found.append(np.stack(logits))
+        np.testing.assert_allclose(*found, atol=1e-4)
+        assert (found[0] != found[1]).any()
 
 
 # ---- buffers
@@ -176,10 +225,10 @@ def test_buffers_are_no_longer_than_the_conversation_may_be(llama: TinyModel, ma
 
 
 def test_many_tokens_are_decoded_in_pieces(
-    llama: TinyModel, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+    wide: TinyModel, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = make_bundle(llama, full_schedule(llama.identity)).session
-    tokens = np.array(random_prompts(llama, (11, 11)))
+    session = make_bundle(wide, full_schedule(wide.identity)).session
+    tokens = np.array(random_prompts(wide, (11, 11)))
     found = []
     for values in (sessions.SCORE_VALUES, 3 * session.scored_heads * 32, 1):
         monkeypatch.setattr(sessions, "SCORE_VALUES", values)

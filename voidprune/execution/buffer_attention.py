@@ -1,203 +1,289 @@
-"""Attention of decode as matrix products over whole K/V buffers: on a CPU, for heads that share keys and values.
+"""Attention as matrix products over K/V buffers, in place of onnxruntime's own operator: faster on a CPU.
 
-onnxruntime's `GroupQueryAttention` multiplies there head by head, a vector by a matrix each time, and reads keys and values once
-for every head that shares them (1.31: onnxruntime/contrib_ops/cpu/bert/gqa_attention_base.h). Here the heads that share them are
-the rows of one product. All positions of the buffers are multiplied, so buffers should not be much longer than what is in them,
-and what they hold behind it has to be finite.
+`GroupQueryAttention` multiplies there head by head, in decode a vector by a matrix each time, and reads keys and values once for
+every head that shares them (1.31: onnxruntime/contrib_ops/cpu/bert/gqa_attention_base.h). Here the heads that share them are the
+rows of one product. What buffers hold behind their tokens has to be finite.
 
-Shapes: B rows, T new tokens each, N heads in K groups of G that share keys and values, H head size, M positions of the buffers.
+Shapes: B rows, T new tokens each, N heads in K groups of G that share keys and values, H head size, M positions of the buffers,
+C tokens of a chunk, S keys that a chunk may see.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from voidprune.execution.node_writer import INT64, ORT, NodeWriter
 
 if TYPE_CHECKING:
     import onnx
 
-_ORT = "com.microsoft"
-_ATTENTION = "GroupQueryAttention"
-_INT64 = 7  # onnx.TensorProto.INT64
+CHUNK = 32
+"""Tokens of a prompt that attend at a time: their scores stay in the caches of a processor. From 16 to 128, within noise of the fastest."""
+SHORT_PROMPT = 96
+"""Tokens up to which the operator is faster than a loop."""
+LEAST_WIDTH = 512
+"""Of all query heads of a layer together. Below, nodes take longer to begin than to do their work: with 192, steps were 1.2 to 1.3
+times as long and prompts of 128 tokens 1.3 times; with 896, 0.93 and 0.89 (prompt and context of 512, 2 cores)."""
+_OPERATOR = "GroupQueryAttention"
+_INPUTS = ("query", "key", "value", "past_key", "past_value", "last_position", "total", "cosines", "sines")
+"""Of the operator, as the graphs use it (onnxruntime, docs/ContribOperators.md). Without a key, `query` is all three."""
 
 
-def attend_by_products(model: onnx.ModelProto) -> int:
-    """Rewrite the attention of a decode graph. Returns the heads of a layer, N.
+def rewrite_decode(model: onnx.ModelProto, *, least_width: int = LEAST_WIDTH) -> int:
+    """Let decode multiply all positions of the buffers at once. Returns the heads of a layer whose scores are then in memory.
 
-    Nothing is changed, and 0 returned, where products would not be faster: no heads share keys, or K/V are not float32.
+    Buffers should not be much longer than what is in them. Nothing is changed, and 0 returned, where no heads share keys: a
+    product of a single row is slower than the operator; in layers of less than `least_width`; and where K/V are not float32.
     """
+    found = _attentions(model, least_width=least_width)
+    if any(attention.num_heads == attention.num_groups for attention in found):
+        return 0
+    _rewrite(model, found, _attend_at_once)
+    return max((attention.num_heads for attention in found), default=0)
+
+
+def rewrite_prefill(model: onnx.ModelProto, *, least_width: int = LEAST_WIDTH) -> None:
+    """Let the tokens of longer prompts attend CHUNK at a time, to the keys that they may see. All rows have as many tokens.
+
+    Nothing is changed in layers of less than `least_width`, and where K/V are not float32.
+    """
+    _rewrite(model, _attentions(model, least_width=least_width), _attend_by_length)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One GroupQueryAttention: its node, inputs by name, and attributes."""
+
+    node: onnx.NodeProto
+    inputs: dict[str, str]
+    attributes: dict[str, Any]
+    head_dim: int
+    rotated: int
+    """Numbers of a head that are turned to its position; 0 where the operator turns none."""
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.attributes["num_heads"])
+
+    @property
+    def num_groups(self) -> int:
+        return int(self.attributes["kv_num_heads"])
+
+    @property
+    def scale(self) -> float:
+        return float(self.attributes.get("scale") or 1 / math.sqrt(self.head_dim))
+
+    @property
+    def window(self) -> int:
+        """Keys that a token sees, its own included; 0 for all."""
+        return max(0, int(self.attributes.get("local_window_size", 0)))
+
+
+def _attentions(model: onnx.ModelProto, *, least_width: int) -> list[_Attention]:
+    """Of a graph; none where the caches are not float32 or layers are narrower."""
     import onnx
 
+    caches = {value.name: value.type.tensor_type for value in model.graph.input if value.name.startswith("past_key")}
+    if any(cache.elem_type != onnx.TensorProto.FLOAT for cache in caches.values()):
+        return []
+    widths: dict[str, int] = {
+        value.name: value.type.tensor_type.shape.dim[-1].dim_value
+        for value in onnx.shape_inference.infer_shapes(model).graph.value_info
+        if value.type.tensor_type.shape.dim
+    }  # rotary tables are computed from constants
+    (head_dim,) = {cache.shape.dim[-1].dim_value for cache in caches.values()} or {0}
+    found = []
+    for node in model.graph.node:
+        if node.op_type == _OPERATOR:
+            inputs = dict(zip(_INPUTS, [*node.input, "", ""], strict=False))
+            attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+            rotated = 2 * widths[inputs["cosines"]] if attributes.get("do_rotary") else 0
+            found.append(_Attention(node, inputs, attributes, head_dim, rotated))
+    return [] if any(one.num_heads * head_dim < least_width for one in found) else found
+
+
+def _rewrite(model: onnx.ModelProto, found: list[_Attention], attend: Callable[[NodeWriter, _Attention], None]) -> None:
     graph = model.graph
-    attending = [node for node in graph.node if node.op_type == _ATTENTION]
-    heads = [(_attributes(node)["num_heads"], _attributes(node)["kv_num_heads"]) for node in attending]
-    caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
-    is_float = all(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for value in caches)
-    if not heads or not is_float or any(count == groups for count, groups in heads):
-        return 0
-    writer = _Writer(graph, onnx.shape_inference.infer_shapes(model).graph)
+    by_output = {attention.node.output[0]: attention for attention in found}
     nodes = list(graph.node)
     del graph.node[:]
+    writer = NodeWriter(graph, "attention")
     for node in nodes:
-        if node.op_type == _ATTENTION:
-            writer.attend(node)
-        else:
+        attention = by_output.get(node.output[0])
+        if attention is None:
             graph.node.append(node)
-    return int(max(count for count, _ in heads))
+        else:
+            attend(writer, attention)
 
 
-class _Writer:
-    """Appends nodes to a graph in which the names that begin with "attention." are its own."""
-
-    def __init__(self, graph: onnx.GraphProto, inferred: onnx.GraphProto) -> None:
-        """`inferred`: a graph that knows the shapes of rotary tables, which are computed from constants."""
-        self._graph = graph
-        self._widths: dict[str, int] = {
-            value.name: value.type.tensor_type.shape.dim[-1].dim_value
-            for value in (*inferred.value_info, *inferred.input)
-            if value.type.tensor_type.shape.dim
-        }
-        self._any_buffer = next(value.name for value in graph.input if value.name.startswith("past_key_values."))
-        self._made: dict[tuple[Any, ...], str] = {}
-        self._count = 0
-
-    def attend(self, node: onnx.NodeProto) -> None:
-        """What a GroupQueryAttention gives: its output [B, T, N * H], and the new keys and values in their buffers."""
-        attributes = _attributes(node)
-        inputs = dict(zip(_INPUTS, node.input, strict=False))
-        num_heads, num_groups = attributes["num_heads"], attributes["kv_num_heads"]
-        head_dim = self._widths[inputs["past_key"]]
-        first = self._first(inputs)
-        together = inputs["query"]
-        if inputs["key"]:
-            together = self._op("Concat", [inputs["query"], inputs["key"], inputs["value"]], axis=-1)
-        heads = self._op("Transpose", [self._reshape(together, 0, 0, -1, head_dim)], perm=[0, 2, 1, 3])
-        turned, value = self._split(heads, [num_heads + num_groups, num_groups])
-        if attributes.get("do_rotary"):
-            turned = self._rotate(turned, inputs, num_heads + num_groups, head_dim, attributes)
-        query, key = self._split(turned, [num_heads, num_groups])
-        output, *presents = node.output
-        for new, past, present in zip((key, value), ("past_key", "past_value"), presents, strict=True):
-            self._op("TensorScatter", [inputs[past], new, first], output=present, axis=2)
-        # Rows of a product: all tokens of one head, then those of the next.
-        grouped = self._op("Reshape", [query, self._integers(0, num_groups, -1, head_dim)])
-        scale = attributes.get("scale") or 1 / math.sqrt(head_dim)
-        scores = self._op("FusedMatMul", [grouped, presents[0]], domain=_ORT, transB=1, alpha=scale)
-        if softcap := attributes.get("softcap"):
-            capped = self._op("Tanh", [self._op("Div", [scores, self._number(softcap)])])
-            scores = self._op("Mul", [capped, self._number(softcap)])
-        unseen = self._unseen(inputs, attributes.get("local_window_size", -1), num_heads // num_groups)
-        shares = self._op("Softmax", [self._op("Add", [scores, unseen])], axis=-1)
-        mixed = self._reshape(self._op("MatMul", [shares, presents[1]]), 0, num_heads, -1, head_dim)
-        tokens = self._op("Transpose", [mixed], perm=[0, 2, 1, 3])
-        self._op("Reshape", [tokens, self._integers(0, 0, -1)], output=output)
-
-    def _rotate(
-        self, heads: str, inputs: dict[str, str], num_heads: int, head_dim: int, attributes: dict[str, Any]
-    ) -> str:
-        """Heads [B, heads, T, H], turned to their positions."""
-        width = 2 * self._widths[inputs["cosines"]]  # of a head, what is turned
-        return self._op(
+def _write_heads(writer: NodeWriter, attention: _Attention, num_tokens: str, first: str) -> str:
+    """The new keys and values into their buffers; the queries [B, N, T, H]. `num_tokens` [1], `first` position [B]."""
+    inputs, sizes = attention.inputs, (attention.num_heads, attention.num_groups)
+    together = inputs["query"]
+    if inputs["key"]:
+        together = writer.op("Concat", [inputs["query"], inputs["key"], inputs["value"]], axis=-1)
+    heads = writer.op("Transpose", [writer.reshape(together, 0, 0, -1, attention.head_dim)], perm=[0, 2, 1, 3])
+    turned, value = writer.split(heads, [sum(sizes), sizes[1]], axis=1)
+    if attention.rotated:
+        positions = writer.once(
+            "Add", [writer.once("Unsqueeze", [first, writer.integers(1)]), writer.range(num_tokens)]
+        )
+        turned = writer.op(
             "RotaryEmbedding",
-            [heads, self._positions(inputs), inputs["cosines"], inputs["sines"]],
-            domain=_ORT,
-            rotary_embedding_dim=width if width != head_dim else 0,
-            num_heads=num_heads,
-            interleaved=attributes.get("rotary_interleaved", 0),
+            [turned, positions, inputs["cosines"], inputs["sines"]],
+            domain=ORT,
+            num_heads=sum(sizes),
+            rotary_embedding_dim=attention.rotated if attention.rotated != attention.head_dim else 0,
+            interleaved=attention.attributes.get("rotary_interleaved", 0),
         )
-
-    # ---- what all layers share
-
-    def _num_tokens(self) -> str:
-        """[1]"""
-        return self._once("Shape", ["input_ids"], start=1, end=2)
-
-    def _first(self, inputs: dict[str, str]) -> str:
-        """Of the new tokens of each row, the position of the first: [B]."""
-        last = self._once("Cast", [inputs["last_position"]], to=_INT64)
-        return self._once("Sub", [self._once("Add", [last, self._integers(1)]), self._num_tokens()])
-
-    def _positions(self, inputs: dict[str, str]) -> str:
-        """[B, T]"""
-        offsets = self._range(self._num_tokens())
-        return self._once("Add", [self._once("Unsqueeze", [self._first(inputs), self._integers(1)]), offsets])
-
-    def _range(self, size: str) -> str:
-        """0, 1, ... up to a size [1]."""
-        return self._once("Range", [self._integer(0), self._once("Squeeze", [size]), self._integer(1)])
-
-    def _unseen(self, inputs: dict[str, str], window: int, num_shared: int) -> str:
-        """[B, 1, G * T, M]: minus infinity at positions that a token does not see. `window` -1: it sees all before it."""
-        position = self._once("Unsqueeze", [self._positions(inputs), self._integers(2)])
-        places = self._range(self._once("Shape", [self._any_buffer], start=2, end=3))
-        unseen = self._once("Greater", [places, position])
-        if window > 0:
-            oldest = self._once("Sub", [position, self._integer(window - 1)])
-            unseen = self._once("Or", [unseen, self._once("Less", [places, oldest])])
-        bias = self._once("Where", [unseen, self._number(-math.inf), self._number(0.0)])
-        return self._once(
-            "Tile", [self._once("Unsqueeze", [bias, self._integers(1)]), self._integers(1, 1, num_shared, 1)]
-        )
-
-    # ---- nodes and constants
-
-    def _op(self, op_type: str, inputs: Sequence[str], *, output: str = "", domain: str = "", **attributes: Any) -> str:
-        import onnx
-
-        output = output or self._name()
-        node = onnx.helper.make_node(op_type, inputs, [output], name=self._name(), domain=domain, **attributes)
-        self._graph.node.append(node)
-        return output
-
-    def _once(self, op_type: str, inputs: Sequence[str], **attributes: Any) -> str:
-        key = (op_type, *inputs, *sorted(attributes.items()))
-        if key not in self._made:
-            self._made[key] = self._op(op_type, inputs, **attributes)
-        return self._made[key]
-
-    def _split(self, heads: str, counts: Sequence[int]) -> list[str]:
-        """Of heads [B, heads, T, H], some and some."""
-        import onnx
-
-        names = [self._name() for _ in counts]
-        inputs = [heads, self._integers(*counts)]
-        self._graph.node.append(onnx.helper.make_node("Split", inputs, names, name=self._name(), axis=1))
-        return names
-
-    def _reshape(self, value: str, *shape: int) -> str:
-        return self._op("Reshape", [value, self._integers(*shape)])
-
-    def _integers(self, *numbers: int) -> str:
-        return self._constant(np.array(numbers, np.int64))
-
-    def _integer(self, number: int) -> str:
-        return self._constant(np.array(number, np.int64))
-
-    def _number(self, number: float) -> str:
-        return self._constant(np.array(number, np.float32))
-
-    def _constant(self, array: np.ndarray[Any, Any]) -> str:
-        import onnx
-
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._made:
-            self._made[key] = self._name()
-            self._graph.initializer.append(onnx.numpy_helper.from_array(array, self._made[key]))
-        return self._made[key]
-
-    def _name(self) -> str:
-        self._count += 1
-        return f"attention.{self._count}"
+    query, key = writer.split(turned, sizes, axis=1)
+    _, *presents = attention.node.output
+    for new, past, present in zip((key, value), ("past_key", "past_value"), presents, strict=True):
+        writer.op("TensorScatter", [inputs[past], new, first], output=present, axis=2)
+    return query
 
 
-_INPUTS = ("query", "key", "value", "past_key", "past_value", "last_position", "total", "cosines", "sines")
-"""Of GroupQueryAttention, as the graphs use it (onnxruntime, docs/ContribOperators.md). Without a key, `query` is all three."""
+def _score(writer: NodeWriter, attention: _Attention, query: str, keys: str) -> str:
+    """Of queries [B, N, T, H] and keys [B, K, S, H]: [B, K, G * T, S], all tokens of one head, then those of the next."""
+    grouped = writer.reshape(query, 0, attention.num_groups, -1, attention.head_dim)
+    scores = writer.op("FusedMatMul", [grouped, keys], domain=ORT, transB=1, alpha=attention.scale)
+    if softcap := attention.attributes.get("softcap"):
+        capped = writer.op("Tanh", [writer.op("Div", [scores, writer.number(softcap)])])
+        scores = writer.op("Mul", [capped, writer.number(softcap)])
+    return scores
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+def _first_positions(writer: NodeWriter, attention: _Attention, num_tokens: str) -> str:
+    """Of the new tokens of each row, the position of the first: [B]."""
+    last = writer.once("Cast", [attention.inputs["last_position"]], to=INT64)
+    return writer.once("Sub", [writer.once("Add", [last, writer.integers(1)]), num_tokens])
+
+
+def _hide(writer: NodeWriter, unseen: str) -> str:
+    """What is added to scores: minus infinity where they are not to count."""
+    return writer.once("Where", [unseen, writer.number(-math.inf), writer.number(0.0)])
+
+
+# ---- decode
+
+
+def _attend_at_once(writer: NodeWriter, attention: _Attention) -> None:
+    num_tokens = writer.once("Shape", ["input_ids"], start=1, end=2)
+    first = _first_positions(writer, attention, num_tokens)
+    query = _write_heads(writer, attention, num_tokens, first)
+    output, key, value = attention.node.output
+    scores = _score(writer, attention, query, key)
+    any_buffer = next(value.name for value in writer.graph.input if value.name.startswith("past_key"))
+    positions = writer.once("Add", [writer.once("Unsqueeze", [first, writer.integers(1)]), writer.range(num_tokens)])
+    position = writer.once("Unsqueeze", [positions, writer.integers(2)])
+    places = writer.range(writer.once("Shape", [any_buffer], start=2, end=3))
+    unseen = writer.once("Greater", [places, position])
+    if attention.window:
+        oldest = writer.once("Sub", [position, writer.integer(attention.window - 1)])
+        unseen = writer.once("Or", [unseen, writer.once("Less", [places, oldest])])
+    bias = writer.once("Unsqueeze", [_hide(writer, unseen), writer.integers(1)])
+    rows = writer.once("Tile", [bias, writer.integers(1, 1, attention.num_heads // attention.num_groups, 1)])
+    shares = writer.op("Softmax", [writer.op("Add", [scores, rows])], axis=-1)
+    mixed = writer.reshape(writer.op("MatMul", [shares, value]), 0, attention.num_heads, -1, attention.head_dim)
+    writer.reshape(writer.op("Transpose", [mixed], perm=[0, 2, 1, 3]), 0, 0, -1, output=output)
+
+
+# ---- prefill
+
+
+def _attend_by_length(writer: NodeWriter, attention: _Attention) -> None:
+    """By the operator where the prompt is short, else in chunks."""
     import onnx
 
-    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    outputs = list(attention.node.output)
+    branches = []
+    for name in ("operator", "chunks"):
+        branch = onnx.GraphProto(name=f"{outputs[0]}.{name}")
+        node = onnx.NodeProto()
+        node.CopyFrom(attention.node)
+        node.output[:] = [f"{branch.name}.{output}" for output in outputs]
+        if name == "operator":
+            branch.node.append(node)
+        else:
+            _attend_in_chunks(NodeWriter(branch, branch.name), replace(attention, node=node))
+        branch.output.extend(onnx.helper.make_tensor_value_info(output, 1, None) for output in node.output)
+        branches.append(branch)
+    num_tokens = writer.once("Squeeze", [writer.once("Shape", ["input_ids"], start=1, end=2)])
+    is_short = writer.once("LessOrEqual", [num_tokens, writer.integer(SHORT_PROMPT)])
+    chosen = dict(zip(("then_branch", "else_branch"), branches, strict=True))
+    writer.graph.node.append(onnx.helper.make_node("If", [is_short], outputs, name=f"{outputs[0]}.length", **chosen))
+
+
+def _attend_in_chunks(writer: NodeWriter, attention: _Attention) -> None:
+    """As a Loop over chunks of equal length; the last may begin before the one before it ends, and its new tokens count."""
+    import onnx
+
+    one, minus_one = writer.integers(1), writer.integers(-1)
+    num_tokens = writer.op("Shape", [attention.inputs["query"]], start=1, end=2)
+    first = _first_positions(writer, attention, num_tokens)
+    query = _write_heads(writer, attention, num_tokens, first)
+    output, key, value = attention.node.output
+    num_chunks = _divide_up(writer, num_tokens, writer.integers(CHUNK))
+    length = _divide_up(writer, num_tokens, num_chunks)
+    start = writer.op("ReduceMax", [first, writer.integers(0)], keepdims=1)  # the same in all rows
+    num_places = writer.op("Shape", [attention.inputs["past_key"]], start=2, end=3)
+    # Which of M + C keys, the last of a chunk at the end, each of its tokens sees.
+    width = writer.op("Add", [num_places, length])
+    own = writer.op("Unsqueeze", [writer.op("Add", [num_places, writer.range(length)]), one])
+    places = writer.range(width)
+    unseen = writer.op("Greater", [places, own])
+    if attention.window:
+        oldest = writer.op("Sub", [own, writer.integer(attention.window - 1)])
+        unseen = writer.op("Or", [unseen, writer.op("Less", [places, oldest])])
+    band = _hide(writer, unseen)
+    heads, groups = attention.num_heads, attention.num_groups
+    by_head = writer.op("Concat", [writer.integers(0, heads), length, minus_one], axis=0)
+    shared = writer.op("Mul", [length, writer.integers(heads // groups)])
+    by_group = writer.op("Concat", [writer.integers(0, groups), shared, minus_one], axis=0)
+
+    body = onnx.GraphProto(name=f"{writer.prefix}.chunk")
+    inner = NodeWriter(body, body.name)
+    offset = inner.op("Mul", [inner.op("Unsqueeze", [f"{inner.prefix}.number", inner.integers(0)]), length])
+    begin = inner.op("Min", [offset, inner.op("Sub", [num_tokens, length])])
+    end = inner.op("Add", [begin, length])
+    full_end = inner.op("Add", [start, end])
+    last_key = inner.op("Min", [full_end, num_places])
+    first_key = inner.integers(0)
+    if attention.window:
+        behind = inner.op("Sub", [inner.op("Add", [start, begin]), inner.integers(attention.window - 1)])
+        first_key = inner.op("Max", [behind, first_key])
+    tokens = keys = inner.integers(2)  # axes
+    asking = inner.op("Slice", [query, begin, end, tokens])
+    scores = _score(inner, attention, asking, inner.op("Slice", [key, first_key, last_key, keys]))
+    shift = inner.op("Sub", [width, full_end])
+    columns = [inner.op("Add", [place, shift]) for place in (first_key, last_key)]
+    bias = inner.op("Slice", [band, *columns, inner.integers(1)])
+    shares = inner.op("Softmax", [inner.op("Add", [inner.op("Reshape", [scores, by_head]), bias])], axis=-1)
+    seen = inner.op("Slice", [value, first_key, last_key, keys])
+    mixed = inner.op("MatMul", [inner.op("Reshape", [shares, by_group]), seen])
+    inner.reshape(mixed, 0, heads, -1, attention.head_dim, output=f"{inner.prefix}.mixed")
+    inner.op("Identity", [f"{inner.prefix}.asked_on"], output=f"{inner.prefix}.goes_on")
+    value_info = onnx.helper.make_tensor_value_info
+    asked = [("number", INT64), ("asked_on", onnx.TensorProto.BOOL)]
+    body.input.extend(value_info(f"{inner.prefix}.{name}", kind, []) for name, kind in asked)
+    body.output.append(value_info(f"{inner.prefix}.goes_on", onnx.TensorProto.BOOL, []))
+    mixed_shape: list[str | int] = ["batch", heads, "chunk", attention.head_dim]
+    body.output.append(value_info(f"{inner.prefix}.mixed", onnx.TensorProto.FLOAT, mixed_shape))
+    chunks = writer.op("Loop", [writer.op("Squeeze", [num_chunks]), ""], body=body)  # [chunks, B, N, C, H]
+
+    in_order = writer.op("Transpose", [chunks], perm=[1, 0, 3, 2, 4])
+    flat = writer.op("Reshape", [in_order, writer.integers(0, -1, heads * attention.head_dim)])
+    before = writer.op("Mul", [writer.op("Sub", [num_chunks, one]), length])
+    twice = writer.op("Sub", [writer.op("Add", [before, length]), num_tokens])
+    numbers = writer.range(num_tokens)
+    later = writer.op("Add", [numbers, twice])
+    chosen = writer.op("Where", [writer.op("Less", [numbers, before]), numbers, later])
+    writer.op("Gather", [flat, chosen], output=output, axis=1)
+
+
+def _divide_up(writer: NodeWriter, number: str, by: str) -> str:
+    """[1] over [1], rounded up."""
+    return writer.op("Div", [writer.op("Add", [number, writer.op("Sub", [by, writer.integers(1)])]), by])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voidprune.execution.buffer_attention import attend_by_products
+from voidprune.execution.buffer_attention import rewrite_decode, rewrite_prefill
 from voidprune.schedule import Phase
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class ComposedGraphs:
 def compose_graphs(prefill: Path, decode: Path, *, as_exported: bool = False) -> ComposedGraphs:
     """One model with the inputs and outputs of both graphs, and PHASE_INPUT. Weights stay in their files, beside the graphs.
 
-    A slot of the cache that one phase does not write passes through it: past and present are one buffer there as well. Decode
-    attends in another way where that is faster (`buffer_attention.py`), unless it is to be `as_exported`.
+    A slot of the cache that one phase does not write passes through it: past and present are one buffer there as well. Both attend
+    in another way where that is faster (`buffer_attention.py`), unless they are to be `as_exported`.
     """
     import onnx
 
@@ -43,7 +43,10 @@ def compose_graphs(prefill: Path, decode: Path, *, as_exported: bool = False) ->
         phase: onnx.load(path, load_external_data=False)
         for phase, path in ((Phase.PREFILL, prefill), (Phase.DECODE, decode))
     }
-    scored_heads = 0 if as_exported else attend_by_products(models[Phase.DECODE])
+    scored_heads = 0
+    if not as_exported:
+        rewrite_prefill(models[Phase.PREFILL])
+        scored_heads = rewrite_decode(models[Phase.DECODE])
     graphs = {phase: model.graph for phase, model in models.items()}
     shared = _Shared()
     inputs = _by_name(value for graph in graphs.values() for value in graph.input)
@@ -145,6 +148,7 @@ def _branch(
         copied.name = f"{phase}/{node.name}"
         copied.input[:] = [names[name] for name in node.input]
         copied.output[:] = [names[name] for name in node.output]
+        _rename_captured(copied, names)
         nodes.append(copied)
     written = {value.name: value for value in graph.output}
     results = []
@@ -157,3 +161,11 @@ def _branch(
             past = name.replace("present", "past_key_values")
             nodes.append(onnx.helper.make_node("Identity", [past], [result.name], name=result.name))
     return onnx.helper.make_graph(nodes, str(phase), [], results)
+
+
+def _rename_captured(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
+    """Within branches and loops, what they read from outside: they have other names for all of their own."""
+    for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+        for inner in body.node:
+            inner.input[:] = [names.get(name, name) for name in inner.input]
+            _rename_captured(inner, names)
