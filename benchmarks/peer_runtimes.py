@@ -377,6 +377,7 @@ PEERS: dict[str, Any] = {
     "voidprune fp32": Voidprune,
     "voidprune int4": Voidprune,
     "voidprune w8a8": Voidprune,
+    "voidprune w8a8-int4": Voidprune,
     "transformers eager": Transformers,
     "transformers compiled": TransformersCompiled,
     "genai fp32": Genai,

@@ -9,9 +9,9 @@ run in groups, ours in each.
 `--accept` writes the ratios of a run to benchmarks/accepted.json. `--check` repeats that run, with its settings, and fails
 where a ratio is worse by more than the noise of both (`voidprune.quality.regressions`): `make bench-check`.
 
-A ratio is the time of the runtime over ours of the same round: above 1, ours is faster. Packed runtimes are put beside our
-int4, those in 8 bits beside our w8a8, which runs where it is asked for. With float32, the greedy tokens must be ours, or the
-work was not the same.
+A ratio is the time of the runtime over ours of the same round: above 1, ours is faster. Runtimes in 4 bits are put beside our
+int4, or beside what `--packed` says; those in 8 bits beside our w8a8, which runs where it is asked for. With float32, the greedy
+tokens must be ours, or the work was not the same.
 """
 
 from __future__ import annotations
@@ -39,8 +39,21 @@ from voidprune.quality.spreads import interval_confidence, median_spread, ratio_
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 ACCEPTED = ROOT / "benchmarks" / "accepted.json"
-PLAIN, PACKED, INTEGER = "voidprune fp32", "voidprune int4", "voidprune w8a8"
-SETTINGS = ("model", "layers", "vocabulary", "keep", "peers", "prompt", "context", "steps", "rounds", "threads")
+PLAIN, PACKED, INTEGER, HYBRID = "voidprune fp32", "voidprune int4", "voidprune w8a8", "voidprune w8a8-int4"
+PRECISIONS = {PACKED: "int4", INTEGER: "w8a8", HYBRID: "w8a8-int4"}
+SETTINGS = (
+    "model",
+    "layers",
+    "vocabulary",
+    "keep",
+    "peers",
+    "packed",
+    "prompt",
+    "context",
+    "steps",
+    "rounds",
+    "threads",
+)
 """Options that say what is measured."""
 
 
@@ -57,6 +70,7 @@ PEERS = {
     PLAIN: Peer(None, PLAIN, 1.2),
     PACKED: Peer(None, PACKED, 0.5),
     INTEGER: Peer(None, PACKED, 0.8),
+    HYBRID: Peer(None, PACKED, 0.9),
     "transformers eager": Peer(None, PLAIN, 1.5),
     "transformers compiled": Peer(None, PLAIN, 1.7),
     "genai fp32": Peer("genai", PLAIN, 2.3),
@@ -130,6 +144,9 @@ def main() -> None:
     parser.add_argument(
         "--peers", help=f"A list, of: {', '.join(name for name in PEERS if name not in (PLAIN, PACKED))}"
     )
+    parser.add_argument(
+        "--packed", choices=list(PRECISIONS), default=PACKED, help="Which of ours runtimes in 4 bits are put beside."
+    )
     parser.add_argument("--prompt", type=int, default=512, help="Tokens of a prefill.")
     parser.add_argument("--context", type=int, default=512, help="Tokens in the cache when decode starts.")
     parser.add_argument("--steps", type=int, default=16, help="Of decode, in every round.")
@@ -149,7 +166,8 @@ def main() -> None:
     if unknown := set(peers) - {""} - set(PEERS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(prefix="voidprune-bench-", dir=arguments.directory) as folder:
-        result = compare(Path(folder), [name for name in peers if name not in ("", PLAIN, PACKED)], arguments)
+        chosen = [name for name in dict.fromkeys([arguments.packed, *peers]) if name not in ("", PLAIN, PACKED)]
+        result = compare(Path(folder), chosen, arguments)
     print(table(result))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -185,7 +203,7 @@ def compare(folder: Path, peers: Sequence[str], arguments: argparse.Namespace) -
     say(f"making {checkpoint_bytes(config) / 1e9:.2f} GB of {arguments.model} in {folder}")
     source = folder / "source"
     write_checkpoint(source, config)
-    bundle, folders = export_ours(source, folder, keep=arguments.keep)
+    bundle, folders = export_ours(source, folder, keep=arguments.keep, names=ours_beside(peers))
     busy = load_average()
     rows: list[Row] = []
     for group in groups(peers, (bundle / "model.safetensors").stat().st_size):
@@ -211,8 +229,10 @@ def compare(folder: Path, peers: Sequence[str], arguments: argparse.Namespace) -
     }
 
 
-def export_ours(source: Path, folder: Path, *, keep: float | None) -> tuple[Path, dict[str, Path]]:
-    """Our bundles. That in float32 is also the checkpoint that all others convert."""
+def export_ours(
+    source: Path, folder: Path, *, keep: float | None, names: Sequence[str]
+) -> tuple[Path, dict[str, Path]]:
+    """Our bundles of these `names`. That in float32 is also the checkpoint that all others convert."""
     from voidprune.export.bundle import export_bundle
     from voidprune.export.quantize import uniform_packing
     from voidprune.models.checkpoint import open_checkpoint
@@ -224,12 +244,12 @@ def export_ours(source: Path, folder: Path, *, keep: float | None) -> tuple[Path
     if keep is not None:
         kept = {round(place) for place in np.linspace(0, num_layers - 1, max(1, round(keep * num_layers)))}
         schedule = dropped_schedule(checkpoint.identity, set(range(num_layers)) - kept)
-    folders = {PLAIN: folder / "fp32", PACKED: folder / "int4", INTEGER: folder / "w8a8"}
+    folders = {name: folder / PRECISIONS.get(name, "fp32") for name in names}
     export_bundle(
         checkpoint, schedule, folders[PLAIN], verify=lambda _stage: None, formats=("hf", "onnx"), max_shard_bytes=10**12
     )
-    for name, precision in ((PACKED, "int4"), (INTEGER, "w8a8")):
-        packing = uniform_packing(precision, len(schedule.union))
+    for name in PRECISIONS.keys() & folders.keys():
+        packing = uniform_packing(PRECISIONS[name], len(schedule.union))
         export_bundle(
             checkpoint, schedule, folders[name], verify=lambda _stage: None, formats=("onnx",), packing=packing
         )
@@ -252,12 +272,9 @@ def prepare(name: str, python: Path, source: Path, target: Path) -> Path:
 
 
 def ours_beside(peers: Sequence[str]) -> list[str]:
-    """Those of ours that run with these: w8a8 only where it is asked for, or another is put beside it."""
-    return [
-        PLAIN,
-        PACKED,
-        *([INTEGER] if INTEGER in peers or any(PEERS[name].beside == INTEGER for name in peers) else []),
-    ]
+    """Those of ours that run with these: beyond float32 and int4 what is asked for, or another is put beside."""
+    asked = {*peers, *(PEERS[name].beside for name in peers)}
+    return [PLAIN, PACKED, *(name for name in (INTEGER, HYBRID) if name in asked)]
 
 
 def groups(peers: Sequence[str], weight_bytes: int) -> list[list[str]]:
@@ -289,7 +306,7 @@ def run_group(
     positions = max(arguments.prompt, arguments.context + arguments.steps)
     workers: dict[str, Worker] = {}
     seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in names}
-    floors: dict[str, list[dict[str, float]]] = {name: [] for name in names if name in (PLAIN, PACKED, INTEGER)}
+    floors: dict[str, list[dict[str, float]]] = {name: [] for name in names if name in (PLAIN, *PRECISIONS)}
     meters: dict[str, Worker] = {}
     tokens: dict[str, list[int]] = {name: [] for name in names}
     size = {"threads": arguments.threads, "positions": positions}
@@ -323,6 +340,8 @@ def run_group(
     rows = []
     for name in names:
         beside = PEERS[name].beside
+        if beside == PACKED and name not in PRECISIONS:
+            beside = arguments.packed
         timed = {phase: values[1:] for phase, values in seconds[name].items()}  # the first round warms up
         ours = {phase: values[1:] for phase, values in seconds[beside].items()}
         least = {phase: [found[phase] for found in floors.get(name, floors[beside])[1:]] for phase in timed}
