@@ -49,17 +49,22 @@ class FusedOperators(Operators):
             domain=ORT,
             transB=1,
         )
-        product = emit.unflatten_tokens(emit.op("Mul", [product, largest]), value, rows)
+        column = emit.op("Unsqueeze", [largest, emit.integers(1)])
+        product = emit.unflatten_tokens(emit.op("Mul", [product, column]), value, rows)
         return product if bias is None else emit.op("Add", [product, bias])
 
     def _round_tokens(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """[B, T, K] as numbers from 1 to 255 around 128, uint8 [B * T, K], and what 127 stands for, [B * T, 1].
+        """[B, T, K] as numbers from 1 to 255 around 128, uint8 [B * T, K], and what 127 stands for, [B * T].
 
-        A token of zeros gives zeros: what 0 / 0 is rounded to is multiplied by 0 in the end.
+        A token of zeros gives zeros: what 0 / 0 is rounded to is multiplied by 0 in the end. Nothing as large as the tokens is
+        written but their numbers.
         """
-        flat = self.emit.flatten_tokens(value)
-        largest = self.emit.op("ReduceMax", [self.emit.op("Abs", [flat]), self.emit.integers(1)], keepdims=1)
-        return self.emit.op("QuantizeLinear", [self.emit.op("Div", [flat, largest]), *self._rounding]), largest
+        emit, (step, middle) = self.emit, self._rounding
+        flat = emit.flatten_tokens(value)
+        high, low = (emit.op(kind, [flat, emit.integers(1)], keepdims=0) for kind in ("ReduceMax", "ReduceMin"))
+        largest = emit.op("Max", [high, emit.op("Neg", [low])])
+        middles = emit.op("Expand", [middle, emit.op("Shape", [largest])])
+        return emit.op("QuantizeLinear", [flat, emit.op("Mul", [largest, step]), middles], axis=0), largest
 
     @property
     def _rounding(self) -> tuple[ir.Value, ir.Value]:

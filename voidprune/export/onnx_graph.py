@@ -89,13 +89,12 @@ def multiply_exactly(model: ir.Model) -> None:
     _set_accuracy_level(model, 0)
     for product in [node for node in model.graph if node.op_type == "QGemm"]:
         rounding = _made_by(product.inputs[0])
-        division = _made_by(rounding.inputs[0])
         (scaling,) = product.outputs[0].consumers()
         numbers = ir.node("Cast", [product.inputs[3]], {"to": ir.DataType.FLOAT})
-        one = _made_by(division.inputs[1]).inputs[1]
+        one = _made_by(scaling.inputs[1]).inputs[1]
         column = ir.node("Unsqueeze", [product.inputs[4], one])
         matrix = ir.node("Mul", [numbers.outputs[0], column.outputs[0]])
-        exact = ir.node("Gemm", [division.inputs[0], matrix.outputs[0]], {"transB": 1})
+        exact = ir.node("Gemm", [rounding.inputs[0], matrix.outputs[0]], {"transB": 1})
         model.graph.insert_after(scaling, [numbers, column, matrix, exact])
         ir.convenience.replace_all_uses_with(scaling.outputs[0], exact.outputs[0])
         model.graph.remove([scaling, product], safe=True)
