@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="Where to work; default: the temporary directory.")
     parser.add_argument(
         "--precision",
-        choices=["fp32", "int8", "int4", "w8a8", "w8a8-int4"],
+        choices=["fp32", "int8", "int4", "w8a8"],
         default="fp32",
     )
     parser.add_argument(

@@ -22,7 +22,8 @@ class Voidprune:
         from voidprune.execution.session import BundleSession
 
         size_thread_pool(threads)
-        self.session, self.positions = BundleSession(folder), positions
+        self.session = BundleSession(folder)
+        self.positions = 2 * positions  # as if the conversation went on: buffers have room to spare
 
     def prefill(self, tokens: list[int]) -> int:
         return int(self.session.start(max_positions=self.positions).prefill([tokens]).argmax())

@@ -12,10 +12,11 @@ import pytest
 from tests.conftest import MakeBundle, open_plainly
 from tests.execution.test_session import mixed, random_prompts
 from tests.tiny_models import TinyModel, build_model
+from voidprune.execution import buffer_attention
 from voidprune.execution import session as sessions
 from voidprune.execution.buffer_attention import SHORT_PROMPT, rewrite_decode, rewrite_prefill
 from voidprune.execution.session import BundleSession
-from voidprune.schedule import full_schedule
+from voidprune.schedule import Boundary, full_schedule
 
 HEADS, GROUPS, SIZE = 6, 2, 32
 FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
@@ -197,7 +198,70 @@ def test_wide_bundles_answer_as_exported(wide: TinyModel, make_bundle: MakeBundl
         assert (found[0] != found[1]).any()
 
 
+@pytest.mark.parametrize("boundary", list(Boundary))
+def test_every_family_answers_as_exported(
+    tiny_model: TinyModel, make_bundle: MakeBundle, boundary: Boundary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two turns of rows of unequal length and a single one, however narrow the layers and short the prompts."""
+    monkeypatch.setattr(buffer_attention, "LEAST_WIDTH", 0)
+    monkeypatch.setattr(buffer_attention, "SHORT_PROMPT", 2)
+    monkeypatch.setattr(buffer_attention, "CHUNK", 4)
+    folder = make_bundle(tiny_model, mixed(tiny_model, boundary=boundary)).folder
+    for lengths in ((5, 3), (21,)):
+        found = []
+        for session in (BundleSession(folder), BundleSession(folder, as_exported=True)):
+            conversation = session.start(len(lengths), max_positions=64)
+            logits = []
+            for seed in (1, 2):
+                logits.append(conversation.prefill(random_prompts(tiny_model, lengths, seed=seed)))
+                tokens = np.array(random_prompts(tiny_model, [3] * len(lengths), seed=3))
+                logits += list(conversation.decode(tokens).transpose(1, 0, 2))
+                logits.append(conversation.decode(tokens[:, :1])[:, 0])
+            found.append(np.stack(logits))
+        np.testing.assert_allclose(*found, atol=1e-4)
+        assert (found[0] != found[1]).any()
+
+
 # ---- buffers
+
+
+def test_growing_that_is_interrupted_changes_nothing(
+    llama: TinyModel, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_bundle(llama, full_schedule(llama.identity)).session
+    conversation, other = session.start(max_positions=150), session.start(max_positions=150)
+    for one in (conversation, other):
+        one.prefill([[5, 6, 7]])
+    made, zeros = [], np.zeros
+
+    def fail_the_second_time(*arguments: Any) -> Any:
+        made.append(arguments)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return zeros(*arguments)
+
+    longer = random_prompts(llama, [80])
+    with monkeypatch.context() as patched:
+        patched.setattr(sessions.np, "zeros", fail_the_second_time)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.prefill(longer)
+    assert conversation.lengths == [3]
+    np.testing.assert_array_equal(conversation.decode(np.array([[9]])), other.decode(np.array([[9]])))
+    np.testing.assert_array_equal(conversation.prefill(longer), other.prefill(longer))
+
+
+def test_buffers_get_shorter_when_much_is_forgotten(llama: TinyModel, make_bundle: MakeBundle) -> None:
+    session = make_bundle(llama, full_schedule(llama.identity)).session
+    conversation, other = session.start(max_positions=160), session.start(max_positions=160)
+    (long,) = random_prompts(llama, [120])
+    conversation.prefill([long])
+    assert conversation.num_positions == 160
+    conversation.rewind(110)
+    assert conversation.num_positions == 160
+    conversation.rewind(6)
+    assert conversation.num_positions < 80
+    other.prefill([long[:6]])
+    np.testing.assert_allclose(conversation.decode(np.array([[9]])), other.decode(np.array([[9]])), atol=1e-5)
 
 
 def test_buffers_that_grow_hold_what_was_in_them(llama: TinyModel, make_bundle: MakeBundle) -> None:

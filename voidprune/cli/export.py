@@ -178,7 +178,13 @@ def export(
         formats, note = default_formats(checkpoint)
     if target is not None:
         check_graphs(
-            checkpoint, formats=formats, precision=precision, operators=operators, packing=packing, provider=provider
+            checkpoint,
+            formats=formats,
+            layout=layout,
+            precision=precision,
+            operators=operators,
+            packing=packing,
+            provider=provider,
         )
     if packing is None:
         sizes = measure_sizes(checkpoint, dtype=PRECISIONS.get(precision))

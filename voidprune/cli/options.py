@@ -175,7 +175,8 @@ packing_options = together(
             type=click.Choice(["32", "128"]),
             default="32",
             show_default=True,
-            help="Weights that share a scale, in int8, int4 and mixed; in w8a8, of embedding and head.",
+            help="Weights that share a scale, in int8, int4 and mixed; in w8a8, of embedding and head; in w8a8-int4, of those and "
+            "of decode.",
         ),
         click.option("--zero-points", is_flag=True, help="There, a zero point for every block as well."),
         click.option(
@@ -183,7 +184,7 @@ packing_options = together(
             type=click.Choice(["int8", "fp32"]),
             default="int8",
             show_default=True,
-            help="There, what products round the other factor to: fast, or exact.",
+            help="There, what products round the other factor to: fast, or exact (not with w8a8).",
         ),
         click.option("--bits", type=float, help="Of an average weight of the layers, in mixed.  [default: 5]"),
     ]

@@ -166,7 +166,7 @@ def open_model(name: str) -> dict[str, Any]:
                 "model_type": checkpoint.config["model_type"],
                 "num_layers": checkpoint.architecture.num_layers,
                 "dtype": "packed matrices",
-                "stored_bytes": checkpoint.num_bytes,
+                "stored_bytes": sum(file.stat().st_size for file in {one.file for one in checkpoint.tensors.values()}),
                 "is_quantized": True,
             }
         sizes = measure_sizes(checkpoint, dtype="F32")

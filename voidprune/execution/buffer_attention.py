@@ -32,11 +32,12 @@ _INPUTS = ("query", "key", "value", "past_key", "past_value", "last_position", "
 """Of the operator, as the graphs use it (onnxruntime, docs/ContribOperators.md). Without a key, `query` is all three."""
 
 
-def rewrite_decode(model: onnx.ModelProto, *, least_width: int = LEAST_WIDTH) -> int:
+def rewrite_decode(model: onnx.ModelProto, *, least_width: int | None = None) -> int:
     """Let decode multiply all positions of the buffers at once. Returns the heads of a layer whose scores are then in memory.
 
     Buffers should not be much longer than what is in them. Nothing is changed, and 0 returned, where no heads share keys: a
-    product of a single row is slower than the operator; in layers of less than `least_width`; and where K/V are not float32.
+    product of a single row is slower than the operator; in layers of less than `least_width` (by default LEAST_WIDTH); and where
+    K/V are not float32.
     """
     found = _attentions(model, least_width=least_width)
     if any(attention.num_heads == attention.num_groups for attention in found):
@@ -45,10 +46,10 @@ def rewrite_decode(model: onnx.ModelProto, *, least_width: int = LEAST_WIDTH) ->
     return max((attention.num_heads for attention in found), default=0)
 
 
-def rewrite_prefill(model: onnx.ModelProto, *, least_width: int = LEAST_WIDTH) -> None:
+def rewrite_prefill(model: onnx.ModelProto, *, least_width: int | None = None) -> None:
     """Let the tokens of longer prompts attend CHUNK at a time, to the keys that they may see. All rows have as many tokens.
 
-    Nothing is changed in layers of less than `least_width`, and where K/V are not float32.
+    Nothing is changed in layers of less than `least_width` (by default LEAST_WIDTH), and where K/V are not float32.
     """
     _rewrite(model, _attentions(model, least_width=least_width), _attend_by_length)
 
@@ -82,7 +83,7 @@ class _Attention:
         return max(0, int(self.attributes.get("local_window_size", 0)))
 
 
-def _attentions(model: onnx.ModelProto, *, least_width: int) -> list[_Attention]:
+def _attentions(model: onnx.ModelProto, *, least_width: int | None) -> list[_Attention]:
     """Of a graph; none where the caches are not float32 or layers are narrower."""
     import onnx
 
@@ -102,7 +103,8 @@ def _attentions(model: onnx.ModelProto, *, least_width: int) -> list[_Attention]
             attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
             rotated = 2 * widths[inputs["cosines"]] if attributes.get("do_rotary") else 0
             found.append(_Attention(node, inputs, attributes, head_dim, rotated))
-    return [] if any(one.num_heads * head_dim < least_width for one in found) else found
+    width = LEAST_WIDTH if least_width is None else least_width
+    return [] if any(one.num_heads * head_dim < width for one in found) else found
 
 
 def _rewrite(model: onnx.ModelProto, found: list[_Attention], attend: Callable[[NodeWriter, _Attention], None]) -> None:

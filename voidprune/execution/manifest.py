@@ -42,7 +42,7 @@ class Parity:
     The largest absolute difference of logits found over prefill, decode and a second turn, at batch 1 and 2, and the
     tolerance that it had to stay within. `onnx` is None where no graph was written. With `layer_streamed`, source and
     checkpoint were too large for the memory: decoder layers were loaded one at a time, for one pass over prompts and
-    responses without a cache.
+    responses without a cache, or, where the phases have matrices of their own, for short ones with it.
 
     `hf` is None where the folder holds no weights for transformers. The reference of graphs with packed matrices runs with what
     these matrices mean. `rounded` is the difference of graphs that round activations to 8 bits, `rounded_tolerance` what that

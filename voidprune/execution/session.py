@@ -12,6 +12,7 @@ Shapes: B rows, T new tokens, M positions of the buffers, N K/V heads, H head si
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ class BundleSession:
 class Conversation:
     """K/V buffers of some token sequences, and the `tokens` of each that are in them. Made by `BundleSession.start`.
 
-    On the CPU the buffers grow with what is in them, up to `max_positions`; elsewhere they are made as long as that.
+    On the CPU the buffers are a little longer than what is in them, and at most of `max_positions`: they grow by copying, and get
+    shorter when much is forgotten. Elsewhere they are made as long as they may get.
     """
 
     def __init__(self, session: BundleSession, *, num_rows: int, max_positions: int) -> None:
@@ -176,21 +178,28 @@ class Conversation:
         if session.provider != "cpu":
             self._make_buffers(max_positions)
 
+    def _fit_buffers(self, length: int) -> None:
+        """On the CPU, to so many tokens a row, where they are too short for them or much too long."""
+        needed = min(self.max_positions, length + max(_SPARE_POSITIONS, length // 4))
+        if self.session.provider == "cpu" and not length <= self.num_positions <= 2 * needed:
+            self._make_buffers(needed)
+
     def _make_buffers(self, num_positions: int) -> None:
-        """Of so many positions, with what was in those before, if there were any."""
-        before, self.buffers = self.buffers, {}
+        """Of so many positions, with what was in those before. Whatever interrupts it, the conversation is as it was."""
+        made: dict[str, ort.OrtValue] = {}
+        common = min(num_positions, self.num_positions)
         for running in self.session.sessions.values():
             for argument in running.get_inputs():
-                if argument.name.startswith("past_key_values.") and argument.name not in self.buffers:
+                if argument.name.startswith("past_key_values.") and argument.name not in made:
                     _, num_kv_heads, _, head_dim = argument.shape
                     # Zeros of any type are zero bytes, and numpy has no bfloat16 that onnxruntime takes.
                     bits = np.dtype(f"u{self.session.dtype.itemsize}")
                     content = np.zeros([len(self.tokens), num_kv_heads, num_positions, head_dim], bits)
-                    if argument.name in before:
-                        content[:, :, : self.num_positions] = before[argument.name].numpy()
-                    self.buffers[argument.name] = ort.OrtValue.ortvalue_from_numpy(content, self.session.provider)
-        self.num_positions = num_positions
+                    if argument.name in self.buffers:
+                        content[:, :, :common] = self.buffers[argument.name].numpy()[:, :, :common]
+                    made[argument.name] = ort.OrtValue.ortvalue_from_numpy(content, self.session.provider)
         self._bindings.clear()
+        self.buffers, self.num_positions = made, num_positions
 
     @property
     def lengths(self) -> list[int]:
@@ -201,6 +210,8 @@ class Conversation:
         """Forget what stands behind the first `length` tokens of each row."""
         for row in self.tokens:
             del row[length:]
+        if self.num_positions:
+            self._fit_buffers(max(self.lengths))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Process one prompt a row, behind what is there already. Returns the logits of the last tokens, [B, V].
@@ -223,6 +234,8 @@ class Conversation:
         fresh = not any(self.lengths)
         if fresh and len(set(map(len, prompts))) == 1:
             return self._prefill_rows(np.array(prompts, np.int64), slice(0, len(prompts)))
+        self._check_room(lengths := [*map(operator.add, self.lengths, map(len, prompts))])
+        self._fit_buffers(max(lengths))  # once for all rows
         rows = [
             self._prefill_rows(np.array([prompt], np.int64), slice(row, row + 1)) for row, prompt in enumerate(prompts)
         ]
@@ -243,6 +256,8 @@ class Conversation:
         num_rows, num_tokens = tokens_BT.shape
         if num_tokens == 1:
             return self._run(Phase.DECODE, tokens_BT, slice(0, num_rows))
+        self._check_room([length + num_tokens for length in self.lengths])
+        check_vocabulary(tokens_BT, self.session.vocab_size)
         size = max(1, SCORE_VALUES // max(1, self.session.scored_heads * self.max_positions))
         rows = []
         for row in range(num_rows):
@@ -255,14 +270,9 @@ class Conversation:
     def _run(self, phase: Phase, tokens_BT: Array, rows: slice) -> Array:
         num_rows, num_tokens = tokens_BT.shape
         lengths = [length + num_tokens for length in self.lengths[rows]]
-        if max(lengths) > self.max_positions:
-            raise ContextLengthError(
-                f"{max(lengths)} tokens do not fit into K/V buffers of {self.max_positions} positions",
-                hint="start the conversation with more positions",
-            )
+        self._check_room(lengths)
         check_vocabulary(tokens_BT, self.session.vocab_size)
-        if max(lengths) > self.num_positions:
-            self._make_buffers(min(self.max_positions, max(lengths) + max(_SPARE_POSITIONS, max(lengths) // 4)))
+        self._fit_buffers(max(*lengths, *self.lengths))
         mask_BS = (np.arange(max(lengths)) < np.array(lengths)[:, np.newaxis]).astype(np.int64)
         num_logits = 1 if self.session.last_only[phase] else num_tokens
         logits = np.empty((num_rows, num_logits, self.session.vocab_size), self.session.dtype)
@@ -274,6 +284,14 @@ class Conversation:
         for row, tokens in zip(self.tokens[rows], tokens_BT.tolist(), strict=True):
             row += tokens
         return logits
+
+    def _check_room(self, lengths: Sequence[int]) -> None:
+        """Raise ContextLengthError where rows of these lengths are too long."""
+        if max(lengths) > self.max_positions:
+            raise ContextLengthError(
+                f"{max(lengths)} tokens do not fit into K/V buffers of {self.max_positions} positions",
+                hint="start the conversation with more positions",
+            )
 
     def _binding(self, phase: Phase, rows: slice) -> ort.IOBinding:
         """Past and present bound to the rows' part of the buffers: rows lie one behind the other."""

@@ -99,14 +99,9 @@ def export_bundle(
     _check_dtypes(source, precision, packing)
     if layout == "single":
         check_single_graph(schedule)
-        if packing is not None and differs_by_phase(packing.precision):
-            raise ModelError(
-                f"{packing.precision} has matrices of its own for each phase, and a single graph is for both",
-                hint="leave --layout out, or choose --precision int4",
-            )
     card = read_card(source.folder / "README.md")
     if packing is not None:
-        check_packing(packing, formats=formats, operators=operators)
+        check_packing(packing, formats=formats, operators=operators, layout=layout)
     if "onnx" in formats:
         describe_graph_architecture(source.config, source.architecture.spec)  # refused before anything is written
     if source.folder.resolve().is_relative_to(folder.resolve()):
@@ -224,7 +219,7 @@ class AskedPacking(Protocol):
     def activations(self) -> str: ...
 
 
-def check_packing(packing: AskedPacking, *, formats: Collection[str], operators: str) -> None:
+def check_packing(packing: AskedPacking, *, formats: Collection[str], operators: str, layout: str) -> None:
     """Raise ModelError where nothing that is written could read packed matrices, or could not as it is asked to."""
     if "onnx" not in formats:
         raise ModelError(
@@ -235,6 +230,11 @@ def check_packing(packing: AskedPacking, *, formats: Collection[str], operators:
         raise ModelError(
             f"{packing.precision} multiplies by activations in 8 bits",
             hint="choose --precision int8 or int4, whose products can be exact",
+        )
+    if layout == "single" and differs_by_phase(packing.precision):
+        raise ModelError(
+            f"{packing.precision} has matrices of its own for each phase, and a single graph is for both",
+            hint="leave --layout out, or choose --precision int4",
         )
     if operators == "standard" and not packing.zero_points:
         raise ModelError(

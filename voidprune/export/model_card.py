@@ -173,8 +173,10 @@ def _render_parity(manifest: Manifest) -> str:
             f" With activations rounded to 8 bits, as they run, they differ by {parity.rounded:.2g}; allowed is twice what the "
             f"same rounding changes in the reference, {parity.rounded_tolerance:.2g}."
         )
+    by_phase = manifest.quantization is not None and manifest.quantization.differs_by_phase
+    passes = "with a cache" if by_phase else "in one pass without a cache"
     how = (
-        f"over {parity.num_prompts} prompts with responses of {parity.num_decode_steps} tokens, in one pass without a cache, "
+        f"over {parity.num_prompts} prompts with responses of {parity.num_decode_steps} tokens, {passes}, "
         "decoder layers loaded one at a time because both models do not fit into the memory"
         if parity.layer_streamed
         else f"over {parity.num_prompts} prompts with {parity.num_decode_steps} decode steps each and a second turn"
@@ -190,6 +192,7 @@ def _render_quantization(manifest: Manifest) -> str:
     quantization = manifest.quantization
     if quantization is None:
         return ""
+    second = " in decode, and once more in 8 bits for prefill" if quantization.differs_by_phase else ""
     changed = ""
     if (fidelity := quantization.fidelity) is not None:
         changed = (
@@ -198,7 +201,8 @@ def _render_quantization(manifest: Manifest) -> str:
         )
     return (
         f" The ONNX graphs read {quantization.file} alone: {manifest.graph_weight_bytes:,} bytes, "
-        f"{quantization.average_bits:.3g} bits a weight of the layers, relative error {quantization.weight_error:.2%}.{changed}"
+        f"{quantization.average_bits:.3g} bits a weight of the layers{second}, relative error {quantization.weight_error:.2%}."
+        f"{changed}"
     )
 
 

@@ -69,7 +69,13 @@ def export_model(
     schedule.check_model(checkpoint.identity, place="the schedule")
     formats = tuple(formats)
     check_graphs(
-        checkpoint, formats=formats, precision=precision, operators=operators, packing=packing, provider=provider
+        checkpoint,
+        formats=formats,
+        layout=layout,
+        precision=precision,
+        operators=operators,
+        packing=packing,
+        provider=provider,
     )
     _check_verifiable(checkpoint, unverified=unverified)
     needed = slim_tensors(checkpoint, schedule.union)
@@ -133,6 +139,7 @@ def check_graphs(
     precision: str,
     operators: str,
     packing: PackingRequest | Packing | None,
+    layout: str = "pair",
     provider: str | None = None,
 ) -> None:
     """Refuse, before layers are chosen or anything is copied, graphs that could not be written or not be run.
@@ -140,7 +147,7 @@ def check_graphs(
     Raises ModelError; RuntimeProviderError for bf16 on the CPU, and for products of rows (w8a8) anywhere else.
     """
     if packing is not None:
-        check_packing(packing, formats=formats, operators=operators)
+        check_packing(packing, formats=formats, operators=operators, layout=layout)
     if "onnx" not in formats:
         return
     describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)

@@ -146,11 +146,13 @@ class OnePass:
         return [logits_BTV[row, length - 1 :] for row, length in enumerate(self.lengths)]
 
     def in_phases(self) -> Cached:
-        """The longest of the prompts with its response, token by token and with a cache: for a reference that is read anew for
-        each, because its phases have weights of their own."""
-        row = self.lengths.index(max(self.lengths))
-        row_BT, length = self.tokens_BT[row : row + 1], self.lengths[row]
-        return Cached([Script(row_BT[:, :length], row_BT[:, length:], row_BT[:, :0])], layer_streamed=True)
+        """The shortest and the longest of the prompts with some of their responses, token by token and with a cache: for a
+        reference that is read anew for each, because its phases have weights of their own."""
+        scripts = []
+        for row in sorted({0, len(self.lengths) - 1}):
+            row_BT, length = self.tokens_BT[row : row + 1], self.lengths[row]
+            scripts.append(Script(row_BT[:, :length], row_BT[:, length : length + 2], row_BT[:, :0]))
+        return Cached(scripts, layer_streamed=True)
 
     def run_session(self, session: BundleSession) -> list[Array]:
         found = []

@@ -39,9 +39,10 @@ def check_packed(
 ) -> Parity:
     """Compare graphs that read packed matrices with the source model, run in float32 with what these matrices mean.
 
-    The graphs without rounding of activations must stay within TOLERANCE. Those that round may be twice as far from the reference
-    as the reference is when what its linear layers read is rounded alike. With `layer_streamed`, decoder layers are in memory
-    one at a time, and compared is one pass without a cache. `on_pass` is called after each run of a model.
+    Graphs without rounding of activations must stay within TOLERANCE, as they are exported. Those that round, as our runner opens
+    them, may be twice as far from the reference as the reference is when what its linear layers read is rounded alike. With
+    `layer_streamed`, decoder layers are in memory one at a time, and compared is one pass without a cache, or, where each phase
+    has its matrices, two short conversations. `on_pass` is called after each run of a model.
     Raises ParityError, ModelError.
     """
     manifest = read_manifest(folder)
