@@ -255,11 +255,12 @@ def test_buffers_get_shorter_when_much_is_forgotten(llama: TinyModel, make_bundl
     conversation, other = session.start(max_positions=160), session.start(max_positions=160)
     (long,) = random_prompts(llama, [120])
     conversation.prefill([long])
-    assert conversation.num_positions == 160
+    before = conversation.num_positions
+    assert 120 < before <= 160
     conversation.rewind(110)
-    assert conversation.num_positions == 160
+    assert conversation.num_positions == before
     conversation.rewind(6)
-    assert conversation.num_positions < 80
+    assert conversation.num_positions < before / 2
     other.prefill([long[:6]])
     np.testing.assert_allclose(conversation.decode(np.array([[9]])), other.decode(np.array([[9]])), atol=1e-5)
 

@@ -34,8 +34,8 @@ LOGIT_VALUES = 2**24
 """Logits that one step of scoring makes at most: 64 MiB in float32, twice that while they are worked on in float64."""
 SCORE_VALUES = 2**24
 """Attention scores of a layer that several tokens of decode make at most: 64 MiB in float32."""
-_SPARE_POSITIONS = 64
-"""Of K/V buffers, at least, when they are made; a quarter of what they hold where that is more."""
+_SPARE_POSITIONS = 32
+"""Of K/V buffers, at least, when they are made; an eighth of what they hold where that is more."""
 _HOST_DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -180,7 +180,7 @@ class Conversation:
 
     def _fit_buffers(self, length: int) -> None:
         """On the CPU, to so many tokens a row, where they are too short for them or much too long."""
-        needed = min(self.max_positions, length + max(_SPARE_POSITIONS, length // 4))
+        needed = min(self.max_positions, length + max(_SPARE_POSITIONS, length // 8))
         if self.session.provider == "cpu" and not length <= self.num_positions <= 2 * needed:
             self._make_buffers(needed)
 

@@ -31,8 +31,12 @@ LARGEST_BUFFER = 2**29
 _LEAST_SECONDS = 0.01
 """For which a buffer is read again and again, so that starting threads does not count."""
 _TRIES = 2
-_SHAPES = ((512, 1024, 4096), (512, 2048, 2048))
-"""Rows, inner and outer size of products: those of a prompt and a layer."""
+_SHAPES = ((512, 1024, 4096), (512, 2048, 2048), (512, 896, 4864))
+"""Rows, inner and outer size of products: those of a prompt and a layer.
+
+The last is of no powers of two, at which rows fall into the same places of a cache: on a Xeon (Cascade Lake) it is multiplied
+at 249 GFLOP/s in float32, the others at 190.
+"""
 _CUDA_SHAPES = ((4096, 4096, 16384), (8192, 8192, 8192))
 
 
