@@ -24,6 +24,28 @@ class Voidprune:
         size_thread_pool(threads)
         self.session = BundleSession(folder)
         self.positions = 2 * positions  # as if the conversation went on: buffers have room to spare
+        self.prefill([0, 0])  # a head is opened when it is needed first
+
+    def prefill(self, tokens: list[int]) -> int:
+        return int(self.session.start(max_positions=self.positions).prefill_greedily([tokens])[0])
+
+    def context(self, tokens: list[int]) -> None:
+        self.conversation = self.session.start(max_positions=self.positions)
+        self.first, self.length = int(self.conversation.prefill_greedily([tokens])[0]), len(tokens)
+
+    def start(self) -> None:
+        self.conversation.rewind(self.length)
+        self.token = self.first
+
+    def step(self) -> int:
+        import numpy as np
+
+        self.token = int(self.conversation.decode_greedily(np.array([[self.token]]))[0, 0])
+        return self.token
+
+
+class VoidpruneLogits(Voidprune):
+    """All logits of every step, as sampling with a top-p needs them."""
 
     def prefill(self, tokens: list[int]) -> int:
         return int(self.session.start(max_positions=self.positions).prefill([tokens]).argmax())
@@ -31,10 +53,6 @@ class Voidprune:
     def context(self, tokens: list[int]) -> None:
         self.conversation = self.session.start(max_positions=self.positions)
         self.first, self.length = int(self.conversation.prefill([tokens]).argmax()), len(tokens)
-
-    def start(self) -> None:
-        self.conversation.rewind(self.length)
-        self.token = self.first
 
     def step(self) -> int:
         import numpy as np
@@ -63,6 +81,7 @@ class Machine:
         return {
             "prefill": rates.seconds(prefill),
             "decode": rates.seconds(decode),
+            "greedy decode": rates.seconds(self.work.greedily().decode(context, num_rows=1)),
             "decode_bytes": decode.bytes,
             "prefill_flops": prefill.flops,
             "bytes_per_second": max(rates.bytes_per_second.values()),
@@ -379,6 +398,7 @@ PEERS: dict[str, Any] = {
     "voidprune int4": Voidprune,
     "voidprune w8a8": Voidprune,
     "voidprune w8a8-int4": Voidprune,
+    "voidprune fp32 logits": VoidpruneLogits,
     "transformers eager": Transformers,
     "transformers compiled": TransformersCompiled,
     "genai fp32": Genai,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from voidprune.execution.sampling import Sampling, choose_tokens, draw_scores, row_dice
+from voidprune.execution.sampling import Sampling, draw_scores, row_dice
 
 LOGITS = np.log([[0.05, 0.5, 0.15, 0.3]])
 
@@ -54,11 +54,6 @@ def test_top_p_counts_what_top_k_left(top_k: int, top_p: float, kept: set[int]) 
     """Of 0.5 and 0.3 the first is 0.625 of the probability, so that a top-p of 0.6 leaves it alone."""
     scores = draw_scores(LOGITS, Sampling(1.0, top_p, top_k=top_k), [row_dice(0, "tokens", [1])])
     assert {token for token in range(4) if np.isfinite(scores[0, token])} == kept
-
-
-def test_without_sampling_the_first_of_the_likeliest_is_chosen() -> None:
-    logits = np.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]], np.float16)
-    assert choose_tokens(logits, None, []).tolist() == [1, 0]
 
 
 def test_dice_depend_on_seed_purpose_and_prompt() -> None:

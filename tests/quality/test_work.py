@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import GetModel
 from tests.tiny_models import TinyModel
+from voidprune.execution import detached_head
 from voidprune.models.checkpoint import open_checkpoint
 from voidprune.models.sizes import measure_sizes
 from voidprune.pipeline.export import export_model
@@ -92,3 +93,21 @@ def test_the_prefill_boundary_leaves_the_end_to_the_last_token(llama: TinyModel,
         export_model(checkpoint, full_schedule(checkpoint.identity, boundary=boundary), folder, provider="cpu")
         found[boundary] = measure_work(folder).prefill(50, num_rows=1)
     assert found[Boundary.PREFILL] == found[Boundary.DECODE]
+
+
+def test_a_screened_head_counts_with_its_8_bits(
+    llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte a number, a scale in float32 for 32 of them, and two bounds a row, in place of float32; in one graph all of it."""
+    monkeypatch.setattr(detached_head, "LEAST_BYTES", 0)
+    checkpoint, schedule = open_checkpoint(llama.folder), full_schedule(open_checkpoint(llama.folder).identity)
+    export_model(checkpoint, schedule, tmp_path / "pair", provider="cpu")
+    export_model(checkpoint, schedule, tmp_path / "single", provider="cpu", layout="single")
+    work = measure_work(tmp_path / "pair")
+    vocab_size, width = work.architecture.vocab_size, work.architecture.hidden_size
+    spared = vocab_size * (4 * width - width - width // 8 - 8)
+    for phase in Phase:
+        assert work.weight_bytes[phase] - work.greedily().weight_bytes[phase] == spared
+    assert work.greedily().greedily() == work.greedily()
+    single = measure_work(tmp_path / "single")
+    assert single.greedily().weight_bytes == single.weight_bytes

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from voidprune.execution.buffer_attention import rewrite_decode, rewrite_prefill
+from voidprune.execution.detached_head import DetachedHead, detach_head, find_common_head
 from voidprune.schedule import Phase
 
 if TYPE_CHECKING:
@@ -24,18 +25,23 @@ PHASE_INPUT = "is_prefill"
 
 @dataclass(frozen=True)
 class ComposedGraphs:
-    """Both graphs as one model. `scored_heads`: attention heads of a layer whose scores decode has in memory, all positions of the
-    buffers for all of its tokens; 0 where onnxruntime's own operator keeps them to itself."""
+    """Both graphs as one model.
+
+    `scored_heads`: attention heads of a layer whose scores decode has in memory, all positions of the buffers for all of its
+    tokens; 0 where onnxruntime's own operator keeps them to itself. `head`: what the model lacks, which then gives hidden states.
+    """
 
     model: onnx.ModelProto
     scored_heads: int
+    head: DetachedHead | None
 
 
 def compose_graphs(prefill: Path, decode: Path, *, as_exported: bool = False) -> ComposedGraphs:
     """One model with the inputs and outputs of both graphs, and PHASE_INPUT. Weights stay in their files, beside the graphs.
 
-    A slot of the cache that one phase does not write passes through it: past and present are one buffer there as well. Both attend
-    in another way where that is faster (`buffer_attention.py`), unless they are to be `as_exported`.
+    A slot of the cache that one phase does not write passes through it: past and present are one buffer there as well. Unless they
+    are to be `as_exported`, both attend in another way where that is faster (`buffer_attention.py`), and large heads are left to
+    `heads.py`.
     """
     import onnx
 
@@ -43,17 +49,21 @@ def compose_graphs(prefill: Path, decode: Path, *, as_exported: bool = False) ->
         phase: onnx.load(path, load_external_data=False)
         for phase, path in ((Phase.PREFILL, prefill), (Phase.DECODE, decode))
     }
-    scored_heads = 0
+    graphs = {phase: model.graph for phase, model in models.items()}
+    scored_heads, head = 0, None
     if not as_exported:
         rewrite_prefill(models[Phase.PREFILL])
         scored_heads = rewrite_decode(models[Phase.DECODE])
-    graphs = {phase: model.graph for phase, model in models.items()}
+        head = find_common_head(graphs.values())
+    if head is not None:
+        for graph in graphs.values():
+            detach_head(graph)
     shared = _Shared()
     inputs = _by_name(value for graph in graphs.values() for value in graph.input)
     outputs = _by_name(value for graph in graphs.values() for value in graph.output)
-    num_logits = outputs["logits"].type.tensor_type.shape.dim[1]
-    num_logits.Clear()
-    num_logits.dim_param = "logits"  # of the last token alone, or of all: each branch says its own
+    num_results = next(iter(outputs.values())).type.tensor_type.shape.dim[1]
+    num_results.Clear()
+    num_results.dim_param = "results"  # of the last token alone, or of all: each branch says its own
     branches = {phase: _branch(graph, phase, outputs, shared) for phase, graph in graphs.items()}
     choose = onnx.helper.make_node(
         "If",
@@ -75,7 +85,7 @@ def compose_graphs(prefill: Path, decode: Path, *, as_exported: bool = False) ->
     composed = onnx.helper.make_model(
         graph, opset_imports=list(opsets.values()), ir_version=max(model.ir_version for model in models.values())
     )
-    return ComposedGraphs(composed, scored_heads)
+    return ComposedGraphs(composed, scored_heads, head)
 
 
 def _by_name(values: Iterable[onnx.ValueInfoProto]) -> dict[str, onnx.ValueInfoProto]:

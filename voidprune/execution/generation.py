@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from voidprune.errors import ContextLengthError, ModelError
-from voidprune.execution.sampling import Sampling, choose_tokens, row_dice
+from voidprune.execution.sampling import Sampling, draw_scores, row_dice
 
 Array = np.ndarray[Any, Any]
 
@@ -21,19 +21,24 @@ Array = np.ndarray[Any, Any]
 class Conversation(Protocol):
     """K/V of some token sequences: `execution.session.Conversation`, `execution.reference_conversation`."""
 
-    @property
-    def tokens(self) -> Sequence[Sequence[int]]:
-        """The tokens of each row whose K/V are there."""
-
-    @property
-    def max_positions(self) -> int:
-        """How many tokens a row may have."""
+    tokens: list[list[int]]
+    """Of each row, those whose K/V are there."""
+    max_positions: int
+    """How many tokens a row may have."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Process one prompt a row, behind what is there already. Returns the logits of the last tokens, [B, V]."""
 
     def decode(self, tokens_BT: Array) -> Array:
         """Process T generated tokens a row. Returns the logits after each, [B, T, V]."""
+
+    def prefill_greedily(self, prompts: Sequence[Sequence[int]]) -> Array:
+        """As `prefill`, but returns the likeliest next tokens, [B]: the first of equals."""
+        return np.asarray(self.prefill(prompts).argmax(-1))
+
+    def decode_greedily(self, tokens_BT: Array) -> Array:
+        """As `decode`, but returns the likeliest next tokens, [B, T]."""
+        return np.asarray(self.decode(tokens_BT).argmax(-1))
 
     def rewind(self, length: int) -> None:
         """Forget what stands behind the first `length` tokens of each row."""
@@ -87,11 +92,7 @@ class Responses:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         tokens_B = np.zeros(0, np.int64)
         for step in range(self.max_new_tokens):
-            if step:
-                logits_BV = self.conversation.decode(tokens_B[:, np.newaxis])[:, -1]
-            else:
-                logits_BV = self.conversation.prefill(self.prompts)
-            tokens_B = choose_tokens(logits_BV, self.sampling, self.dice)
+            tokens_B = self._next_tokens(tokens_B[:, np.newaxis] if step else None)
             for row in sorted(self._running):
                 token = int(tokens_B[row])
                 if token in self.end_tokens:
@@ -99,6 +100,18 @@ class Responses:
                 yield row, token
             if not self._running:
                 return
+
+    def _next_tokens(self, tokens_BT: Array | None) -> Array:
+        """The first of each response, or those after `tokens_BT`."""
+        model, sampling = self.conversation, self.sampling
+        if sampling is None:
+            chosen = (
+                model.prefill_greedily(self.prompts) if tokens_BT is None else model.decode_greedily(tokens_BT)[:, -1]
+            )
+            return np.asarray(chosen, np.int64)
+        logits_BV = model.prefill(self.prompts) if tokens_BT is None else model.decode(tokens_BT)[:, -1]
+        scores_BV = draw_scores(logits_BV.astype(np.float64), sampling, self.dice)
+        return np.asarray(scores_BV.argmax(-1), np.int64)
 
     def _end(self, row: int, ending: Ending) -> None:
         if row in self._running:

@@ -14,6 +14,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from voidprune.errors import RuntimeProviderError
 from voidprune.execution.composition import PHASE_INPUT, compose_graphs
+from voidprune.execution.detached_head import DetachedHead
 from voidprune.execution.device_weights import DeviceWeights, can_load, load_device_weights, weight_ranges
 from voidprune.execution.manifest import Manifest, packs_weights
 from voidprune.schedule import Phase
@@ -33,7 +34,7 @@ class OpenSessions:
     """What runs each phase; one session where both are one model or one graph.
 
     `choices` is what a session of both phases has to be told beside its other inputs: {PHASE_INPUT: whether it is prefill}.
-    `last_only` says of which phases logits come for the last token alone. `scored_heads` is that of
+    `last_only` says of which phases logits come for the last token alone. `scored_heads` and `head` are those of
     `composition.ComposedGraphs`. `weight_copies` is how often the weights are in the memory of the device. `device_bytes` is the
     memory that loading took there, weights and sessions together; None on the CPU and where nobody could measure it. `weights` is
     what the sessions point at: it has to live as long as they do.
@@ -43,6 +44,7 @@ class OpenSessions:
     choices: Mapping[Phase, Mapping[str, Array]]
     last_only: Mapping[Phase, bool]
     scored_heads: int
+    head: DetachedHead | None
     weight_copies: int
     device_bytes: int | None
     weights: DeviceWeights | None
@@ -70,18 +72,19 @@ def open_sessions(
     # Weights in 16 bits are widened before they are packed, and a branch would widen those from outside at every step.
     if prepack and is_pair and not is_widened:
         composed = compose_graphs(graphs[Phase.PREFILL], graphs[Phase.DECODE], as_exported=as_exported)
-        session = _open_session(composed.model.SerializeToString(), folder, provider=provider, prepack=True)
+        session = open_session(composed.model.SerializeToString(), folder, provider=provider, prepack=True)
         branches = {branch.g.name: branch.g for branch in composed.model.graph.node[-1].attribute}
         return OpenSessions(
             by_phase=dict.fromkeys(Phase, session),
             choices={phase: {PHASE_INPUT: np.array(phase is Phase.PREFILL)} for phase in Phase},
             last_only={phase: _is_last_only(branches[str(phase)].output[0]) for phase in Phase},
             scored_heads=composed.scored_heads,
+            head=composed.head,
             weight_copies=1,
             device_bytes=None,
             weights=None,
         )
-    opened = {path: _open_session(path, folder, provider=provider, prepack=prepack) for path in set(graphs.values())}
+    opened = {path: open_session(path, folder, provider=provider, prepack=prepack) for path in set(graphs.values())}
     return _apart(graphs, opened, weight_copies=len(opened) if prepack else 1)
 
 
@@ -93,7 +96,7 @@ def _open_on_device(graphs: Mapping[Phase, Path], *, provider: str) -> OpenSessi
         weights = load_device_weights({path.name: weight_ranges(path) for path in paths}, device=provider)
     lent = {} if weights is None else weights.values
     opened = {
-        path: _open_session(path, path.parent, provider=provider, prepack=True, weights=lent.get(path.name))
+        path: open_session(path, path.parent, provider=provider, prepack=True, weights=lent.get(path.name))
         for path in paths
     }
     after = _free_device_bytes()
@@ -120,6 +123,7 @@ def _apart(
         choices={phase: {} for phase in graphs},
         last_only={phase: opened[path].get_outputs()[0].shape[1] == 1 for phase, path in graphs.items()},
         scored_heads=0,
+        head=None,
         weight_copies=weight_copies,
         device_bytes=device_bytes,
         weights=weights,
@@ -144,15 +148,19 @@ def size_thread_pool(threads: int) -> None:
         ) from error
 
 
-def _open_session(
+def open_session(
     graph: Path | bytes,
     folder: Path,
     *,
-    provider: str,
-    prepack: bool,
+    provider: str = "cpu",
+    prepack: bool = True,
     weights: Mapping[str, ort.OrtValue] | None = None,
+    arrays: Mapping[str, Array] | None = None,
 ) -> ort.InferenceSession:
-    """`graph`: a file of the bundle in `folder`, or a model in memory whose weights lie there."""
+    """`graph`: a file of the bundle in `folder`, or a model in memory whose weights lie there. Raises RuntimeProviderError.
+
+    Initializers are `weights` where they are lent, which have to live as long as the session, and `arrays`, which need not.
+    """
     name = graph.name if isinstance(graph, Path) else folder.name
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -168,6 +176,9 @@ def _open_session(
         ort.preload_dlls()
     for initializer, value in (weights or {}).items():
         options.add_initializer(initializer, value)
+    if arrays:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        options.add_external_initializers(list(arrays), values)
     wanted = PROVIDERS[provider]
     providers = [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
     try:
@@ -229,7 +240,7 @@ def _integer_product() -> float:
     )
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = _open_session(model.SerializeToString(), Path(), provider="cpu", prepack=True)
+    session = open_session(model.SerializeToString(), Path(), provider="cpu", prepack=True)
     (product,) = session.run(None, {"value": np.full((1, _INNER), 255, np.uint8)})
     return float(product[0, 0])
 

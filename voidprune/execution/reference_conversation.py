@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from voidprune.execution.generation import Conversation
 from voidprune.execution.reference import ScheduledModel, decode_mask
 
 Array = np.ndarray[Any, Any]
 
 
-class ReferenceConversation:
+class ReferenceConversation(Conversation):
     """A transformers cache, and the `tokens` of each row that are in it.
 
     Rows whose prompts differ in length are padded on the left. Several rows have one prompt each; further turns are for one row.

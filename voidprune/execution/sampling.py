@@ -40,14 +40,6 @@ def row_dice(seed: int, purpose: str, prompt: Sequence[int]) -> np.random.Genera
     return np.random.default_rng([seed % 2**64, *purpose.encode(), *prompt])
 
 
-def choose_tokens(
-    logits_BV: np.ndarray[Any, Any], sampling: Sampling | None, dice: Sequence[np.random.Generator]
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The next token of each row, [B]: the likeliest without `sampling` (the first of equals), else a sample."""
-    scores_BV = logits_BV if sampling is None else draw_scores(logits_BV.astype(np.float64), sampling, dice)
-    return np.asarray(scores_BV.argmax(-1), np.int64)
-
-
 def draw_scores(logits_BV: Floats, sampling: Sampling, dice: Sequence[np.random.Generator]) -> Floats:
     """Scores whose greatest is a sample: the log-probabilities that are left, plus Gumbel noise (the Gumbel-max trick).
 

@@ -4,10 +4,11 @@ Token ids in, logits and token ids out; texts are the business of the caller. Ne
 
 Both graphs read the same weights; how that is one copy in memory is told in `providers.py`, and the loop of generation stands in
 `generation.py`. Past and present K/V are one buffer on the device of the sessions, so a step writes only what is new, and of a
-step only logits come to the host. Rows whose prompts differ in length are prefilled one by one, straight into their place in the
-buffers, and decoded together; nothing is ever padded.
+step only what its head needs comes to the host. Rows whose prompts differ in length are prefilled one by one, straight into their
+place in the buffers, and decoded together; nothing is ever padded.
 
-Shapes: B rows, T new tokens, M positions of the buffers, N K/V heads, H head size, V vocabulary.
+Shapes: B rows, T new tokens, M positions of the buffers, N K/V heads, H head size, V vocabulary, X what the graphs give a token:
+its logits, or its last hidden state (`heads.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import onnxruntime as ort
 
 from voidprune.errors import ContextLengthError, ModelError, RuntimeProviderError
 from voidprune.execution.generation import Responses, check_vocabulary
+from voidprune.execution.heads import Head, ScreenedHead, WholeHead
 from voidprune.execution.integrity import check_files
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.providers import open_sessions
@@ -76,13 +78,14 @@ class BundleSession:
         self.sessions, self.choices, self.last_only = opened.by_phase, opened.choices, opened.last_only
         self.scored_heads = opened.scored_heads
         self.boundary = self.manifest.schedule.boundary
-        logits = self.sessions[Phase.DECODE].get_outputs()[0]
-        if logits.type not in _HOST_DTYPES:
+        result = self.sessions[Phase.DECODE].get_outputs()[0]
+        if result.type not in _HOST_DTYPES:
             raise RuntimeProviderError(
-                f"this runner has no host type for logits of {logits.type}", hint="export with --precision fp16 or fp32"
+                f"this runner has no host type for logits of {result.type}", hint="export with --precision fp16 or fp32"
             )
-        self.vocab_size = int(logits.shape[-1])
-        self.dtype = np.dtype(_HOST_DTYPES[logits.type])
+        self.head: Head = WholeHead(int(result.shape[-1])) if opened.head is None else ScreenedHead(folder, opened.head)
+        self.vocab_size = self.head.vocab_size
+        self.dtype = np.dtype(_HOST_DTYPES[result.type])
 
     def start(self, num_rows: int = 1, *, max_positions: int) -> Conversation:
         """K/V buffers for `num_rows` token sequences of at most `max_positions` tokens each. Raises ContextLengthError."""
@@ -174,6 +177,7 @@ class Conversation:
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.num_positions = 0
         self.buffers: dict[str, ort.OrtValue] = {}
+        self._outputs: Array = np.empty(0, session.dtype)
         self._bindings: dict[tuple[Phase, int, int], ort.IOBinding] = {}
         if session.provider != "cpu":
             self._make_buffers(max_positions)
@@ -219,6 +223,14 @@ class Conversation:
         Raises ContextLengthError, and ModelError for more or fewer prompts than rows, an empty prompt, a token that the model has
         not, or a second turn under a single-turn schedule.
         """
+        return self.session.head.logits(self._prefill(prompts))[:, -1]
+
+    def prefill_greedily(self, prompts: Sequence[Sequence[int]]) -> Array:
+        """The same, for the likeliest next tokens alone, [B]: often sooner."""
+        return self.session.head.likeliest(self._prefill(prompts))[:, -1]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
+        """What the graphs give of the last tokens, [B, 1, X]."""
         if len(prompts) != len(self.lengths):
             raise ModelError(
                 f"{len(prompts)} prompts are given to a conversation of {len(self.lengths)} rows",
@@ -248,14 +260,22 @@ class Conversation:
         if not self.session.last_only[phase]:  # one graph for both phases, which makes logits of every token
             size = max(1, LOGIT_VALUES // (len(tokens_BT) * self.session.vocab_size))
         for start in range(0, tokens_BT.shape[1], size):
-            logits_BTV = self._run(phase, tokens_BT[:, start : start + size], rows)
-        return logits_BTV[:, -1]
+            outputs_BTX = self._run(phase, tokens_BT[:, start : start + size], rows)
+        return outputs_BTX[:, -1:]
 
     def decode(self, tokens_BT: Array) -> Array:
         """Process T generated tokens a row. Returns the logits after each, [B, T, V]. Raises ContextLengthError, ModelError."""
+        return self.session.head.logits(self._decode(tokens_BT))
+
+    def decode_greedily(self, tokens_BT: Array) -> Array:
+        """The same, for the likeliest next tokens alone, [B, T]: often sooner."""
+        return self.session.head.likeliest(self._decode(tokens_BT, reuse=True))
+
+    def _decode(self, tokens_BT: Array, *, reuse: bool = False) -> Array:
+        """What the graphs give of each token, [B, T, X]. With `reuse` it may be overwritten by the next step."""
         num_rows, num_tokens = tokens_BT.shape
         if num_tokens == 1:
-            return self._run(Phase.DECODE, tokens_BT, slice(0, num_rows))
+            return self._run(Phase.DECODE, tokens_BT, slice(0, num_rows), reuse=reuse)
         self._check_room([length + num_tokens for length in self.lengths])
         check_vocabulary(tokens_BT, self.session.vocab_size)
         size = max(1, SCORE_VALUES // max(1, self.session.scored_heads * self.max_positions))
@@ -267,23 +287,29 @@ class Conversation:
             )
         return np.concatenate(rows)
 
-    def _run(self, phase: Phase, tokens_BT: Array, rows: slice) -> Array:
+    def _run(self, phase: Phase, tokens_BT: Array, rows: slice, *, reuse: bool = False) -> Array:
         num_rows, num_tokens = tokens_BT.shape
         lengths = [length + num_tokens for length in self.lengths[rows]]
         self._check_room(lengths)
         check_vocabulary(tokens_BT, self.session.vocab_size)
         self._fit_buffers(max(*lengths, *self.lengths))
         mask_BS = (np.arange(max(lengths)) < np.array(lengths)[:, np.newaxis]).astype(np.int64)
-        num_logits = 1 if self.session.last_only[phase] else num_tokens
-        logits = np.empty((num_rows, num_logits, self.session.vocab_size), self.session.dtype)
+        head, num_outputs = self.session.head, 1 if self.session.last_only[phase] else num_tokens
+        shape = (num_rows, num_outputs, head.width)
+        if not reuse:
+            outputs_BTX = np.empty(shape, self.session.dtype)
+        elif self._outputs.shape == shape:
+            outputs_BTX = self._outputs  # new memory of this size costs more than what is done with it
+        else:
+            outputs_BTX = self._outputs = np.empty(shape, self.session.dtype)
         binding = self._binding(phase, rows)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens_BT, np.int64))
         binding.bind_cpu_input("attention_mask", mask_BS)
-        binding.bind_output("logits", "cpu", 0, element_type(logits.dtype), logits.shape, logits.ctypes.data)
+        binding.bind_output(head.output, "cpu", 0, element_type(outputs_BTX.dtype), shape, outputs_BTX.ctypes.data)
         self.session.sessions[phase].run_with_iobinding(binding)
         for row, tokens in zip(self.tokens[rows], tokens_BT.tolist(), strict=True):
             row += tokens
-        return logits
+        return outputs_BTX
 
     def _check_room(self, lengths: Sequence[int]) -> None:
         """Raise ContextLengthError where rows of these lengths are too long."""

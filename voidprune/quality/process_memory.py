@@ -72,10 +72,10 @@ def watch_request(
     note("loaded")
     conversation = session.start(max_positions=prompt_length + num_new_tokens)
     prompt = np.random.default_rng(0).integers(0, session.vocab_size, prompt_length).tolist()
-    token = conversation.prefill([prompt]).argmax(-1)
+    token = conversation.prefill_greedily([prompt])
     note("prefilled")
     for _ in range(num_new_tokens):
-        token = conversation.decode(token[:, np.newaxis])[:, -1].argmax(-1)
+        token = conversation.decode_greedily(token[:, np.newaxis])[:, -1]
     note("decoded")
     taken = {phase: device["before"] - free for phase, free in device.items()}
     return ProcessMemory(resident, max(peak_resident_bytes(), *resident.values()), taken or None, load_seconds)

@@ -2,6 +2,7 @@
 
 Bytes are those of the weights that the graph of a phase refers to, as they are stored, each once, and of the K/V that attention
 looks at. Of a table that tokens are looked up in, only the rows that are looked up count; a tied head reads all of it.
+Greedy decoding reads a head that is screened (`execution/heads.py`) in 8 bits: `BundleWork.greedily`.
 Arithmetic is that of matrix products (two operations a weight and token) and of attention, whatever the graph does beyond that:
 tokens before the last need nothing above the last K/V that prefill writes. Sliding windows are counted as windows.
 """
@@ -9,10 +10,11 @@ tokens before the last need nothing above the last K/V that prefill writes. Slid
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from voidprune.execution.detached_head import find_common_head
 from voidprune.execution.device_weights import WeightRange, overlapping_groups, weight_ranges
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.models.families import read_architecture
@@ -32,12 +34,22 @@ class Work:
 
 @dataclass(frozen=True)
 class BundleWork:
-    """What a bundle has to do. `weight_bytes[phase]`: what its graph reads each time; `kv_bytes`: of one token in one layer."""
+    """What a bundle has to do.
+
+    `weight_bytes[phase]`: what its graph reads each time; `kv_bytes`: of one token in one layer; `spared_bytes`: of the weights,
+    what need not be read where only the likeliest token is asked for.
+    """
 
     manifest: Manifest
     architecture: GraphArchitecture
     weight_bytes: Mapping[Phase, int]
     kv_bytes: int
+    spared_bytes: int
+
+    def greedily(self) -> BundleWork:
+        """The same for a runner that screens the head."""
+        spared = {phase: num_bytes - self.spared_bytes for phase, num_bytes in self.weight_bytes.items()}
+        return replace(self, weight_bytes=spared, spared_bytes=0)
 
     def prefill(self, length: int, *, num_rows: int) -> Work:
         """Of `num_rows` prompts of `length` tokens each, at least two."""
@@ -97,6 +109,7 @@ def measure_work(folder: Path) -> BundleWork:
         architecture=describe_graph_architecture(config, read_architecture(config).spec),
         weight_bytes={phase: _bytes_read(folder / graph.file) for phase, graph in manifest.graphs.items()},
         kv_bytes=_kv_bytes(folder / manifest.graphs[Phase.DECODE].file),
+        spared_bytes=_spared_bytes({folder / graph.file for graph in manifest.graphs.values()}),
     )
 
 
@@ -108,6 +121,14 @@ def _bytes_read(graph: Path) -> int:
     multiplied = {name for node in nodes if node.op_type not in _LOOKUPS for name in node.input}
     read = [weight for weight in weight_ranges(graph) if weight.name in multiplied]
     return sum(_span(group) for group in overlapping_groups(read))
+
+
+def _spared_bytes(graphs: Collection[Path]) -> int:
+    """Of a head that both graphs have: it is read in 8 bits with its bounds, but for few rows."""
+    import onnx
+
+    head = find_common_head(onnx.load(graph, load_external_data=False).graph for graph in graphs)
+    return 0 if head is None or len(graphs) == 1 else head.num_bytes - head.screened_bytes
 
 
 def _kv_bytes(graph: Path) -> int:
