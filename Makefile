@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-genai test-optimum check docs bench bench-check bench-profile bench-export bench-memory bench-precision bench-attention install clean
+.PHONY: demo test test-genai test-optimum check docs bench bench-check bench-profile bench-export bench-memory bench-precision bench-runner install clean
 
 demo: .venv/installed
 	$(BIN)/voidprune demo --output out/demo --overwrite
@@ -50,9 +50,9 @@ bench-memory: .venv/installed
 bench-precision: .venv/installed
 	$(BIN)/python benchmarks/precision.py $(BENCH)
 
-# Attention as it is exported and as our runner opens it; BENCH='--precision w8a8-int4' and the like.
-bench-attention: .venv/installed
-	$(BIN)/python benchmarks/attention.py $(BENCH)
+# Bundles as they are exported and as our runner opens them; BENCH='--precision w8a8-int4' and the like.
+bench-runner: .venv/installed
+	$(BIN)/python benchmarks/runner.py $(BENCH)
 
 install: .venv/installed
 

@@ -136,6 +136,20 @@ def test_long_prompts_attend_in_chunks_to_the_same_end(
     assert exact == (num_tokens <= SHORT_PROMPT)
 
 
+def test_beyond_many_keys_the_operator_attends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tokens and those before them count together."""
+    monkeypatch.setattr(buffer_attention, "MANY_KEYS", 150)
+    model = attention_model(packed=True, rotary=SIZE)
+    feeds = {length: random_feeds(model, (length,), 120, positions=160) for length in (30, 31)}
+    expected = {length: run(model, tmp_path / "operator.onnx", fed) for length, fed in feeds.items()}
+    rewrite_prefill(model, least_width=0)
+    for length, fed in feeds.items():
+        found = run(model, tmp_path / "chunks.onnx", fed)
+        assert_same(found, expected[length], (length,), 120)
+        exact = all((found[name] == expected[length][name]).all() for name in ("output.0", "output.1"))
+        assert exact == (length + 120 > 150)
+
+
 def assert_same(
     found: dict[str, np.ndarray[Any, Any]],
     expected: dict[str, np.ndarray[Any, Any]],

@@ -18,8 +18,8 @@ from tests.execution.test_session import mixed
 from tests.tiny_models import TinyModel, build_model
 from voidprune.errors import RuntimeProviderError
 from voidprune.execution import providers
+from voidprune.execution.bindings import element_type
 from voidprune.execution.providers import PROVIDERS, open_sessions, stray_operators
-from voidprune.execution.session import element_type
 from voidprune.export.bundle import export_bundle
 from voidprune.export.quantize import uniform_packing
 from voidprune.schedule import Phase, full_schedule

@@ -24,6 +24,9 @@ CHUNK = 32
 """Tokens of a prompt that attend at a time: their scores stay in the caches of a processor. 16 to 128 are about as fast."""
 SHORT_PROMPT = 96
 """Tokens up to which the operator is faster than a loop."""
+MANY_KEYS = 1024
+"""Keys of a row beyond which the operator is used again: with 2,048 of them the scores of a chunk are in no core's cache, and a
+loop took 0.91 of its time on one processor and 1.08 on another (docs/results.md, "Attention")."""
 LEAST_WIDTH = 512
 """Of all query heads of a layer together. Below, nodes take longer to begin than to do their work: with 192, steps were 1.2 to 1.3
 times as long and prompts of 128 tokens 1.3 times; with 896, 0.93 and 0.89 (prompt and context of 512, 2 cores)."""
@@ -47,9 +50,10 @@ def rewrite_decode(model: onnx.ModelProto, *, least_width: int | None = None) ->
 
 
 def rewrite_prefill(model: onnx.ModelProto, *, least_width: int | None = None) -> None:
-    """Let the tokens of longer prompts attend CHUNK at a time, to the keys that they may see. All rows have as many tokens.
+    """Let the tokens of prompts that are neither short nor very long attend CHUNK at a time, to the keys that they may see.
 
-    Nothing is changed in layers of less than `least_width` (by default LEAST_WIDTH), and where K/V are not float32.
+    All rows have as many tokens. Nothing is changed in layers of less than `least_width` (by default LEAST_WIDTH), and where K/V
+    are not float32.
     """
     _rewrite(model, _attentions(model, least_width=least_width), _attend_by_length)
 
@@ -197,7 +201,7 @@ def _attend_at_once(writer: NodeWriter, attention: _Attention) -> None:
 
 
 def _attend_by_length(writer: NodeWriter, attention: _Attention) -> None:
-    """By the operator where the prompt is short, else in chunks."""
+    """By the operator where the prompt is short or has many keys, else in chunks."""
     import onnx
 
     outputs = list(attention.node.output)
@@ -215,8 +219,11 @@ def _attend_by_length(writer: NodeWriter, attention: _Attention) -> None:
         branches.append(branch)
     num_tokens = writer.once("Squeeze", [writer.once("Shape", ["input_ids"], start=1, end=2)])
     is_short = writer.once("LessOrEqual", [num_tokens, writer.integer(SHORT_PROMPT)])
+    num_keys = writer.once("Cast", [attention.inputs["total"]], to=INT64)
+    is_long = writer.once("Greater", [num_keys, writer.integer(MANY_KEYS)])
+    by_operator = writer.once("Or", [is_short, is_long])
     chosen = dict(zip(("then_branch", "else_branch"), branches, strict=True))
-    writer.graph.node.append(onnx.helper.make_node("If", [is_short], outputs, name=f"{outputs[0]}.length", **chosen))
+    writer.graph.node.append(onnx.helper.make_node("If", [by_operator], outputs, name=f"{outputs[0]}.length", **chosen))
 
 
 def _attend_in_chunks(writer: NodeWriter, attention: _Attention) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from voidprune.execution.buffer_attention import rewrite_decode, rewrite_prefill
 from voidprune.execution.detached_head import DetachedHead, detach_head, find_common_head
+from voidprune.execution.row_lengths import take_lengths
 from voidprune.schedule import Phase
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def compose_graphs(prefill: Path, decode: Path, *, as_exported: bool = False) ->
     """One model with the inputs and outputs of both graphs, and PHASE_INPUT. Weights stay in their files, beside the graphs.
 
     A slot of the cache that one phase does not write passes through it: past and present are one buffer there as well. Unless they
-    are to be `as_exported`, both attend in another way where that is faster (`buffer_attention.py`), and large heads are left to
-    `heads.py`.
+    are to be `as_exported`, both attend in another way where that is faster (`buffer_attention.py`), are told lengths in place of a
+    mask (`row_lengths.py`), and leave large heads to `heads.py`.
     """
     import onnx
 
@@ -54,6 +55,7 @@ def compose_graphs(prefill: Path, decode: Path, *, as_exported: bool = False) ->
     if not as_exported:
         rewrite_prefill(models[Phase.PREFILL])
         scored_heads = rewrite_decode(models[Phase.DECODE])
+        take_lengths(graphs.values())
         head = find_common_head(graphs.values())
     if head is not None:
         for graph in graphs.values():

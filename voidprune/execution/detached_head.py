@@ -8,9 +8,11 @@ Shapes: B rows, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from voidprune.execution.node_writer import rename_value
 
 if TYPE_CHECKING:
     import onnx
@@ -68,7 +70,7 @@ def detach_head(graph: onnx.GraphProto) -> None:
     kept = [node for node in graph.node if node.output[0] not in dropped]
     del graph.node[:]
     graph.node.extend(kept)
-    _rename(graph.node, hidden, HIDDEN)
+    rename_value(graph.node, hidden, HIDDEN)
     if not any(matrix in node.input for node in graph.node):
         weights = [initializer for initializer in graph.initializer if initializer.name != matrix]
         del graph.initializer[:]
@@ -112,12 +114,3 @@ def _trace_head(graph: onnx.GraphProto) -> tuple[DetachedHead, list[onnx.NodePro
         else:
             return None
         name = node.input[0]
-
-
-def _rename(nodes: Sequence[onnx.NodeProto], old: str, new: str) -> None:
-    """A value, where it is made and wherever it is used."""
-    for node in nodes:
-        node.input[:] = [new if name == old else name for name in node.input]
-        node.output[:] = [new if name == old else name for name in node.output]
-        for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
-            _rename(body.node, old, new)

@@ -121,7 +121,7 @@ class Responses:
 
 def check_vocabulary(tokens: Array, vocab_size: int) -> None:
     """Raise ModelError for a token that the embedding has no row for: runtimes read past its end, or count from it."""
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+    if tokens.size and tokens.astype(np.uint64).max() >= vocab_size:  # as if numbers below 0 were large ones
         strange = tokens.max() if tokens.max() >= vocab_size else tokens.min()
         raise ModelError(
             f"there is no token {strange}: the vocabulary of the model has {vocab_size}",

@@ -1,8 +1,8 @@
-"""Appends nodes and small constants to a graph that is being rewritten, under names of its own."""
+"""What rewrites graphs: appends nodes and small constants under names of its own, and renames values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,3 +79,12 @@ class NodeWriter:
     def _name(self) -> str:
         self._count += 1
         return f"{self.prefix}.{self._count}"
+
+
+def rename_value(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Where it is made and wherever it is used, in branches and loops, too."""
+    for node in nodes:
+        node.input[:] = [new if name == old else name for name in node.input]
+        node.output[:] = [new if name == old else name for name in node.output]
+        for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+            rename_value(body.node, old, new)

@@ -23,11 +23,13 @@ import numpy as np
 import onnxruntime as ort
 
 from voidprune.errors import ContextLengthError, ModelError, RuntimeProviderError
+from voidprune.execution.bindings import HostBinding, element_type
 from voidprune.execution.generation import Responses, check_vocabulary
 from voidprune.execution.heads import Head, ScreenedHead, WholeHead
 from voidprune.execution.integrity import check_files
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.providers import open_sessions
+from voidprune.execution.row_lengths import LENGTHS, MASK
 from voidprune.execution.sampling import Sampling
 from voidprune.schedule import Boundary, Phase
 
@@ -85,6 +87,7 @@ class BundleSession:
             )
         self.head: Head = WholeHead(int(result.shape[-1])) if opened.head is None else ScreenedHead(folder, opened.head)
         self.vocab_size = self.head.vocab_size
+        self.takes_lengths = LENGTHS in {value.name for value in self.sessions[Phase.DECODE].get_inputs()}
         self.dtype = np.dtype(_HOST_DTYPES[result.type])
 
     def start(self, num_rows: int = 1, *, max_positions: int) -> Conversation:
@@ -177,8 +180,7 @@ class Conversation:
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.num_positions = 0
         self.buffers: dict[str, ort.OrtValue] = {}
-        self._outputs: Array = np.empty(0, session.dtype)
-        self._bindings: dict[tuple[Phase, int, int], ort.IOBinding] = {}
+        self._bindings: dict[tuple[Phase, int, int], HostBinding] = {}
         if session.provider != "cpu":
             self._make_buffers(max_positions)
 
@@ -293,20 +295,16 @@ class Conversation:
         self._check_room(lengths)
         check_vocabulary(tokens_BT, self.session.vocab_size)
         self._fit_buffers(max(*lengths, *self.lengths))
-        mask_BS = (np.arange(max(lengths)) < np.array(lengths)[:, np.newaxis]).astype(np.int64)
         head, num_outputs = self.session.head, 1 if self.session.last_only[phase] else num_tokens
-        shape = (num_rows, num_outputs, head.width)
-        if not reuse:
-            outputs_BTX = np.empty(shape, self.session.dtype)
-        elif self._outputs.shape == shape:
-            outputs_BTX = self._outputs  # new memory of this size costs more than what is done with it
-        else:
-            outputs_BTX = self._outputs = np.empty(shape, self.session.dtype)
         binding = self._binding(phase, rows)
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens_BT, np.int64))
-        binding.bind_cpu_input("attention_mask", mask_BS)
-        binding.bind_output(head.output, "cpu", 0, element_type(outputs_BTX.dtype), shape, outputs_BTX.ctypes.data)
-        self.session.sessions[phase].run_with_iobinding(binding)
+        binding.feed("input_ids", tokens_BT)
+        if self.session.takes_lengths:
+            binding.feed(LENGTHS, np.array(lengths))
+        else:
+            binding.feed(MASK, np.arange(max(lengths)) < np.array(lengths)[:, np.newaxis])
+        shape = (num_rows, num_outputs, head.width)
+        outputs_BTX = binding.bind_result(head.output, shape, self.session.dtype, reuse=reuse)
+        binding.run()
         for row, tokens in zip(self.tokens[rows], tokens_BT.tolist(), strict=True):
             row += tokens
         return outputs_BTX
@@ -319,14 +317,14 @@ class Conversation:
                 hint="start the conversation with more positions",
             )
 
-    def _binding(self, phase: Phase, rows: slice) -> ort.IOBinding:
+    def _binding(self, phase: Phase, rows: slice) -> HostBinding:
         """Past and present bound to the rows' part of the buffers: rows lie one behind the other."""
         key = (phase, rows.start, rows.stop)
         if key not in self._bindings:
             session = self.session.sessions[phase]
-            binding = session.io_binding()
+            binding = HostBinding(session, on_cpu=self.session.provider == "cpu")
             for name, choice in self.session.choices[phase].items():
-                binding.bind_cpu_input(name, choice)
+                binding.bound.bind_cpu_input(name, choice)
             for argument in session.get_inputs():
                 if argument.name not in self.buffers:
                     continue
@@ -340,15 +338,10 @@ class Conversation:
                     shape,
                     buffer.data_ptr() + rows.start * row_bytes,
                 )
-                binding.bind_input(argument.name, *place)
-                binding.bind_output(argument.name.replace("past_key_values", "present"), *place)
+                binding.bound.bind_input(argument.name, *place)
+                binding.bound.bind_output(argument.name.replace("past_key_values", "present"), *place)
             self._bindings[key] = binding
         return self._bindings[key]
-
-
-def element_type(dtype: np.dtype[Any]) -> Any:
-    """A dtype as `IOBinding` takes it: numpy's own as it is, bfloat16 by its number in ONNX."""
-    return 16 if dtype == ml_dtypes.bfloat16 else dtype.type
 
 
 def remove_padding(tokens_BT: Array, attention_mask_BT: Array) -> list[list[int]]:

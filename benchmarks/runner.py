@@ -1,10 +1,11 @@
-"""What our runner's attention saves: the same bundle as it is exported and as our runner opens it, in turns, in one process.
+"""What our runner saves: the same bundle as it is exported and as our runner opens it, in turns, in one process.
 
-    python benchmarks/attention.py [--model qwen2.5-0.5b] [--precision int4] [--lengths 64,512,2048] [--rows 1] [--rounds 9]
+    python benchmarks/runner.py [--model qwen2.5-0.5b] [--precision int4] [--lengths 64,512,2048] [--rows 1] [--rounds 9]
 
 Random weights of the real shape are made on the spot, and removed again. Every round prefills a prompt of each length and takes
-some steps of decode behind it, by both. Ratios are ours over as exported, of the same round: below 1, ours is faster. See
-`voidprune/execution/buffer_attention.py`.
+some steps of decode behind it: by the graphs as exported, by ours for all logits, and by ours for the likeliest token alone.
+Ratios are of the same round, over as exported: below 1, ours is faster. See `voidprune/execution/buffer_attention.py` and
+`voidprune/execution/heads.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from voidprune.quality.machine import describe_machine
 from voidprune.quality.spreads import Spread, interval_confidence, median_spread, ratio_spread
 from voidprune.schedule import full_schedule
 
-EXPORTED, OURS = "as exported", "ours"
+EXPORTED, OURS, GREEDY = "as exported", "ours", "ours, greedy"
 
 
 def main() -> None:
@@ -43,12 +44,13 @@ def main() -> None:
     size_thread_pool(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="voidprune-bench-") as folder:
         bundle = export(Path(folder), arguments.model, arguments.precision)
-        sessions = {EXPORTED: BundleSession(bundle, as_exported=True), OURS: BundleSession(bundle)}
+        ours = BundleSession(bundle)
+        sessions = {EXPORTED: BundleSession(bundle, as_exported=True), OURS: ours, GREEDY: ours}
         print(
             f"{arguments.model} {arguments.precision}, rows: {arguments.rows}, threads: {arguments.threads}; median of "
             f"{arguments.rounds} rounds, {interval_confidence(arguments.rounds):.0%} interval; {describe_machine()}\n"
         )
-        print("| | as exported ms | ours ms | ratio |\n|---|---|---|---|")
+        print("| | as exported ms | ours ms | ratio | ours, greedy ms | ratio |\n|---|---|---|---|---|---|")
         for length in map(int, arguments.lengths.split(",")):
             measure(sessions, length, arguments)
 
@@ -76,19 +78,24 @@ def measure(sessions: dict[str, BundleSession], length: int, arguments: argparse
         tokens = random.integers(3, 30000, (arguments.steps, arguments.rows, 1))
         for name in list(sessions) if number % 2 else reversed(sessions):
             conversation = sessions[name].start(arguments.rows, max_positions=2 * length)
+            prefill = conversation.prefill_greedily if name == GREEDY else conversation.prefill
+            decode = conversation.decode_greedily if name == GREEDY else conversation.decode
             started = time.perf_counter()
-            conversation.prefill(prompts)
+            prefill(prompts)
             seconds["TTFT"][name].append(time.perf_counter() - started)
-            conversation.decode(tokens[0])
+            decode(tokens[0])
             conversation.rewind(length)
             started = time.perf_counter()
             for step in tokens:
-                conversation.decode(step)
+                decode(step)
             seconds["TPOT"][name].append((time.perf_counter() - started) / arguments.steps)
     for kind, found in seconds.items():
-        before, after = (found[name][1:] for name in (EXPORTED, OURS))  # the first round warms up
-        times = [f"{1e3 * median_spread(values).median:.1f}" for values in (before, after)]
-        print(f"| {kind}, {length} | {times[0]} | {times[1]} | {describe(ratio_spread(after, before))} |", flush=True)
+        timed = {name: values[1:] for name, values in found.items()}  # the first round warms up
+        cells = [f"{1e3 * median_spread(timed[EXPORTED]).median:.1f}"]
+        for name in (OURS, GREEDY):
+            ratio = ratio_spread(timed[name], timed[EXPORTED])
+            cells += [f"{1e3 * median_spread(timed[name]).median:.1f}", describe(ratio)]
+        print(f"| {kind}, {length} | {' | '.join(cells)} |", flush=True)
 
 
 def describe(spread: Spread) -> str:

@@ -1,0 +1,53 @@
+"""What a session reads and writes, bound once: arrays on the host are written in place for as long as their shapes stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+
+Array = np.ndarray[Any, Any]
+
+
+class HostBinding:
+    """An `IOBinding` whose small inputs, and whose result, lie on the host.
+
+    Elsewhere than on the CPU, onnxruntime copies an input when it is bound (1.31: IOBinding::BindInput), so there each is bound
+    anew.
+    """
+
+    def __init__(self, session: ort.InferenceSession, *, on_cpu: bool) -> None:
+        self.bound = session.io_binding()
+        self._session, self._on_cpu = session, on_cpu
+        self._inputs: dict[str, Array] = {}
+        self._result: Array | None = None
+
+    def feed(self, name: str, array: Array) -> None:
+        """An input of whole numbers, which are copied."""
+        known = self._inputs.get(name)
+        if known is not None and known.shape == array.shape and self._on_cpu:
+            known[...] = array
+            return
+        self._inputs[name] = array.astype(np.int64, order="C")  # always a copy
+        self.bound.bind_cpu_input(name, self._inputs[name])
+
+    def bind_result(self, name: str, shape: Sequence[int], dtype: np.dtype[Any], *, reuse: bool) -> Array:
+        """Where the result will be. With `reuse` that is where it was before: new memory of some size costs more than its use."""
+        result = self._result
+        if reuse and result is not None and result.shape == tuple(shape):
+            return result
+        result = np.empty(shape, dtype)
+        self.bound.bind_output(name, "cpu", 0, element_type(dtype), shape, result.ctypes.data)
+        self._result = result if reuse else None
+        return result
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self.bound)
+
+
+def element_type(dtype: np.dtype[Any]) -> Any:
+    """A dtype as `IOBinding` takes it: numpy's own as it is, bfloat16 by its number in ONNX."""
+    return 16 if dtype == ml_dtypes.bfloat16 else dtype.type
