@@ -143,11 +143,13 @@ def decode_graph_alone(bundle: Path, folder: Path) -> Path:
 
 def answer_and_measure(bundles: list[Path], *, prepack: bool) -> dict[str, int]:
     """In a process of its own. Every bundle stays loaded."""
+    from voidprune.execution.sampling import Sampling
     from voidprune.execution.session import BundleSession
 
     sessions = [BundleSession(bundle, prepack=prepack) for bundle in bundles]
     for session in sessions:
-        session.generate([[5] * 32], max_new_tokens=8)
+        # Sampling, which needs the whole head: greedy decoding would read it in 8 bits, in the pair alone.
+        session.generate([[5] * 32], max_new_tokens=8, sampling=Sampling(1.0))
     rollup = Path("/proc/self/smaps_rollup").read_text()
     found = {}
     for key, name in (("Pss", "pss_bytes"), ("Anonymous", "anonymous_bytes")):

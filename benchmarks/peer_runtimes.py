@@ -45,7 +45,7 @@ class Voidprune:
 
 
 class VoidpruneLogits(Voidprune):
-    """All logits of every step, as sampling with a top-p needs them."""
+    """All logits of every step, as sampling needs them."""
 
     def prefill(self, tokens: list[int]) -> int:
         return int(self.session.start(max_positions=self.positions).prefill([tokens]).argmax())
@@ -78,10 +78,12 @@ class Machine:
         """The least seconds that a prefill and a step of decode take on this machine, now."""
         rates = self.meter.measure()
         prefill, decode = self.work.prefill(prompt, num_rows=1), self.work.decode(context, num_rows=1)
+        greedily = self.work.greedily()
         return {
             "prefill": rates.seconds(prefill),
             "decode": rates.seconds(decode),
-            "greedy decode": rates.seconds(self.work.greedily().decode(context, num_rows=1)),
+            "greedy prefill": rates.seconds(greedily.prefill(prompt, num_rows=1)),
+            "greedy decode": rates.seconds(greedily.decode(context, num_rows=1)),
             "decode_bytes": decode.bytes,
             "prefill_flops": prefill.flops,
             "bytes_per_second": max(rates.bytes_per_second.values()),

@@ -348,11 +348,10 @@ def run_group(
             beside = arguments.packed
         timed = {phase: values[1:] for phase, values in seconds[name].items()}  # the first round warms up
         ours = {phase: values[1:] for phase, values in seconds[beside].items()}
-        least = {phase: [found[phase] for found in floors.get(name, floors[beside])[1:]] for phase in timed}
-        if (
-            name in floors
-        ):  # ours reads the head of greedy decoding in 8 bits, in float32; everyone else reads all of it
-            least["decode"] = [found["greedy decode"] for found in floors[name][1:]]
+        # Of a float32 head ours reads 8 bits where it decodes greedily, everyone else all of it.
+        least = {phase: [found[phase] for found in floors[beside][1:]] for phase in timed}
+        if name in floors:
+            least = {phase: [found[f"greedy {phase}"] for found in floors[name][1:]] for phase in timed}
         equal = sum(one == other for one, other in zip(tokens[name], tokens[beside], strict=True))
         rows.append(
             Row(

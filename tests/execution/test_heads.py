@@ -16,8 +16,8 @@ from tests.conftest import MakeBundle
 from tests.execution.test_session import mixed, random_prompts
 from tests.tiny_models import TinyModel
 from voidprune.execution import detached_head, heads
-from voidprune.execution.detached_head import BLOCK_SIZE, DetachedHead, find_common_head
-from voidprune.execution.heads import MOST_ROWS, ScreenedHead, WholeHead
+from voidprune.execution.detached_head import BLOCK_SIZE, MOST_ROWS, DetachedHead, find_common_head
+from voidprune.execution.heads import ScreenedHead, WholeHead
 from voidprune.execution.session import BundleSession
 from voidprune.schedule import full_schedule
 
@@ -98,6 +98,17 @@ def test_of_equals_the_first_is_taken(tmp_path: Path) -> None:
     assert screened(tmp_path, table_VD).likeliest(hidden_BTD).tolist() == [[37]]
 
 
+def test_of_logits_that_a_cap_made_equal_the_first_is_taken(tmp_path: Path) -> None:
+    """Products of 50 and more are all the same behind it, in either head."""
+    table_VD = np.zeros((200, WIDTH), np.float32)
+    table_VD[[20, 60, 150], 0] = 50, 70, 60
+    head = screened(tmp_path, table_VD, tail=(1.0, None, 2.0))
+    hidden_BTD = np.zeros((1, 1, WIDTH), np.float32)
+    hidden_BTD[..., 0] = 1
+    assert head.logits(hidden_BTD).argmax(-1).tolist() == [[20]]
+    assert head.likeliest(hidden_BTD).tolist() == [[60]]
+
+
 def test_few_rows_are_multiplied_and_logits_are_opened_for_themselves(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     table_VD = ordinary(random)
@@ -132,6 +143,11 @@ def test_where_bounds_tell_nothing_the_whole_head_is_read(tmp_path: Path, monkey
     broken = screened(tmp_path, ordinary(np.random.default_rng(0)))
     hidden_BTD = np.full((1, 1, WIDTH), np.nan, np.float32)
     assert broken.likeliest(hidden_BTD).tolist() == broken.logits(hidden_BTD).argmax(-1).tolist()
+    for strange in (np.nan, np.inf):
+        hidden_BTD = np.random.default_rng(1).standard_normal((2, 1, WIDTH)).astype(np.float32)
+        hidden_BTD[1, 0, 3] = strange
+        np.testing.assert_array_equal(broken.likeliest(hidden_BTD), broken.logits(hidden_BTD).argmax(-1))
+        assert broken.keeps_bounds
 
 
 def test_an_operator_that_keeps_no_bounds_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +200,8 @@ def test_small_heads_packed_ones_and_unpacked_graphs_keep_their_head(
     monkeypatch.setattr(detached_head, "LEAST_BYTES", 0)
     assert isinstance(BundleSession(bundle.folder).head, ScreenedHead)
     assert isinstance(BundleSession(bundle.folder, prepack=False).head, WholeHead)
+    monkeypatch.setattr(detached_head, "MOST_SCREENED_BYTES", 100)
+    assert isinstance(BundleSession(bundle.folder).head, WholeHead)
 
 
 def test_graphs_that_end_in_different_ways_have_no_common_head(

@@ -10,12 +10,13 @@ import pytest
 from tests.conftest import GetModel
 from tests.tiny_models import TinyModel
 from voidprune.execution import detached_head
+from voidprune.execution.detached_head import MOST_ROWS
 from voidprune.models.checkpoint import open_checkpoint
 from voidprune.models.sizes import measure_sizes
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.precision import PackingRequest
 from voidprune.planning.costs import PROMPT_LENGTH, schedule_costs
-from voidprune.quality.work import measure_work
+from voidprune.quality.work import BundleWork, measure_work
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, dropped_schedule, full_schedule
 
 F, K, A, M = LayerAction.FULL, LayerAction.KV_ONLY, LayerAction.SKIP_MLP, LayerAction.KV_MLP
@@ -106,8 +107,9 @@ def test_a_screened_head_counts_with_its_8_bits(
     work = measure_work(tmp_path / "pair")
     vocab_size, width = work.architecture.vocab_size, work.architecture.hidden_size
     spared = vocab_size * (4 * width - width - width // 8 - 8)
-    for phase in Phase:
-        assert work.weight_bytes[phase] - work.greedily().weight_bytes[phase] == spared
-    assert work.greedily().greedily() == work.greedily()
+    for num_rows, expected in ((1, spared), (MOST_ROWS, spared), (MOST_ROWS + 1, 0)):
+        for count in (BundleWork.prefill, BundleWork.decode):
+            whole, screened = (count(found, 10, num_rows=num_rows) for found in (work, work.greedily()))
+            assert (whole.bytes - screened.bytes, whole.flops - screened.flops) == (expected, 0)
     single = measure_work(tmp_path / "single")
-    assert single.greedily().weight_bytes == single.weight_bytes
+    assert single.greedily().decode(10, num_rows=1) == single.decode(10, num_rows=1)

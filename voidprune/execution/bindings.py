@@ -31,17 +31,21 @@ class HostBinding:
         if known is not None and known.shape == array.shape and self._on_cpu:
             known[...] = array
             return
-        self._inputs[name] = array.astype(np.int64, order="C")  # always a copy
-        self.bound.bind_cpu_input(name, self._inputs[name])
+        self._inputs.pop(name, None)  # whatever interrupts this, nothing is written to that is not bound
+        copied = array.astype(np.int64, order="C")
+        self.bound.bind_cpu_input(name, copied)
+        self._inputs[name] = copied
 
     def bind_result(self, name: str, shape: Sequence[int], dtype: np.dtype[Any], *, reuse: bool) -> Array:
         """Where the result will be. With `reuse` that is where it was before: new memory of some size costs more than its use."""
         result = self._result
         if reuse and result is not None and result.shape == tuple(shape):
             return result
+        self._result = None
         result = np.empty(shape, dtype)
         self.bound.bind_output(name, "cpu", 0, element_type(dtype), shape, result.ctypes.data)
-        self._result = result if reuse else None
+        if reuse:
+            self._result = result
         return result
 
     def run(self) -> None:

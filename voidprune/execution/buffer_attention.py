@@ -25,7 +25,7 @@ CHUNK = 32
 SHORT_PROMPT = 96
 """Tokens up to which the operator is faster than a loop."""
 MANY_KEYS = 1024
-"""Keys of a row beyond which the operator is used again: with 2,048 of them the scores of a chunk are in no core's cache, and a
+"""Keys of a token beyond which the operator is used again: with 2,048 of them the scores of a chunk are in no core's cache, and a
 loop took 0.91 of its time on one processor and 1.08 on another (docs/results.md, "Attention")."""
 LEAST_WIDTH = 512
 """Of all query heads of a layer together. Below, nodes take longer to begin than to do their work: with 192, steps were 1.2 to 1.3
@@ -218,10 +218,11 @@ def _attend_by_length(writer: NodeWriter, attention: _Attention) -> None:
         branch.output.extend(onnx.helper.make_tensor_value_info(output, 1, None) for output in node.output)
         branches.append(branch)
     num_tokens = writer.once("Squeeze", [writer.once("Shape", ["input_ids"], start=1, end=2)])
-    is_short = writer.once("LessOrEqual", [num_tokens, writer.integer(SHORT_PROMPT)])
-    num_keys = writer.once("Cast", [attention.inputs["total"]], to=INT64)
-    is_long = writer.once("Greater", [num_keys, writer.integer(MANY_KEYS)])
-    by_operator = writer.once("Or", [is_short, is_long])
+    by_operator = writer.once("LessOrEqual", [num_tokens, writer.integer(SHORT_PROMPT)])
+    if not 0 < attention.window <= MANY_KEYS:
+        num_keys = writer.once("Cast", [attention.inputs["total"]], to=INT64)
+        sees_many = writer.once("Greater", [num_keys, writer.integer(MANY_KEYS)])
+        by_operator = writer.once("Or", [by_operator, sees_many])
     chosen = dict(zip(("then_branch", "else_branch"), branches, strict=True))
     writer.graph.node.append(onnx.helper.make_node("If", [by_operator], outputs, name=f"{outputs[0]}.length", **chosen))
 

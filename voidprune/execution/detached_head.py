@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 LEAST_BYTES = 2**26
 """Of a head that is worth it: smaller ones stay in the caches of a processor from step to step."""
+MOST_SCREENED_BYTES = 2**31 - 2**20
+"""Of its copy in 8 bits, which is part of a model: no protobuf is larger than 2 GiB."""
+MOST_ROWS = 8
+"""Tokens whose likeliest successors `heads.py` looks for at a time; more of them read the whole head."""
 BLOCK_SIZE = 32
 """Numbers of a row that share a scale in the copy that `heads.py` makes of a head."""
 LOGITS = "logits"
@@ -51,11 +55,12 @@ class DetachedHead:
 
 
 def find_common_head(graphs: Iterable[onnx.GraphProto]) -> DetachedHead | None:
-    """How all graphs come from hidden states to their logits; None where any does so in another way, or by a small head."""
+    """How all graphs come from hidden states to their logits; None where it is not worth it."""
     found = {trace and trace[0] for trace in map(_trace_head, graphs)}
     head = found.pop()
-    fits = head is not None and head.num_bytes >= LEAST_BYTES and head.hidden_size % BLOCK_SIZE == 0
-    return head if fits and not found else None
+    if head is None or found or head.hidden_size % BLOCK_SIZE:
+        return None
+    return head if head.num_bytes >= LEAST_BYTES and head.screened_bytes <= MOST_SCREENED_BYTES else None
 
 
 def detach_head(graph: onnx.GraphProto) -> None:

@@ -19,32 +19,27 @@ Shapes: B rows, T tokens, D hidden size, V vocabulary, N = B * T, C rows of the 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 
-from voidprune.execution.detached_head import BLOCK_SIZE, HIDDEN, LOGITS, DetachedHead
+from voidprune.execution.detached_head import BLOCK_SIZE, HIDDEN, LOGITS, MOST_ROWS, DetachedHead
 from voidprune.execution.node_writer import ORT, NodeWriter
 from voidprune.execution.providers import open_session
 
-if TYPE_CHECKING:
-    import onnx
-
 Array = np.ndarray[Any, Any]
 
-MOST_ROWS = 8
-"""Tokens whose likeliest successor is looked for at a time; more of them read the whole head."""
 MOST_CANDIDATES = 4096
 """Rows of a head that are multiplied by themselves; where more are in question the whole head is read."""
 _SLACK = 1.02
 """By which bounds are wider than exact arithmetic would need."""
-_ROWS_AT_A_TIME = 1024
+_ROWS_AT_A_TIME = 256
+_MOST_THREADS = 8
 _IR_VERSION = 10
 
 
@@ -105,13 +100,14 @@ class ScreenedHead:
         """The likeliest tokens; None where bounds do not tell, or do not hold."""
         if not self.keeps_bounds:
             return None
-        (num_found,), candidates_C, products_NC, estimates_NC, bounds_NC = self._screening.run(
-            None, {HIDDEN: hidden_ND}
-        )
-        if not 0 < num_found <= MOST_CANDIDATES:  # none where hidden states are not finite
+        found = self._screening.run(None, {HIDDEN: hidden_ND})
+        (num_found,), candidates_C, logits_NC, products_NC, estimates_NC, bounds_NC = found
+        if not (0 < num_found <= MOST_CANDIDATES and np.isfinite(bounds_NC).all()):  # hidden states may be no numbers
             return None
-        self.keeps_bounds = bool((np.abs(products_NC - estimates_NC) <= bounds_NC).all())
-        return np.asarray(candidates_C[products_NC.argmax(-1)]) if self.keeps_bounds else None
+        if (np.abs(products_NC - estimates_NC) > bounds_NC).any():
+            self.keeps_bounds = False
+            return None
+        return np.asarray(candidates_C[logits_NC.argmax(-1)])
 
     @cached_property
     def _whole(self) -> ort.InferenceSession:
@@ -126,7 +122,7 @@ class ScreenedHead:
             offset=self.head.offset,
             shape=(self.vocab_size, self.width),
         )
-        return open_session(_screening_graph(self.head), self.folder, arrays=_round_rows(table_VD))
+        return open_session(_screening_graph(self.head, _round_rows(table_VD)), self.folder)
 
 
 def _round_rows(table_VD: Array) -> dict[str, Array]:
@@ -141,16 +137,22 @@ def _round_rows(table_VD: Array) -> dict[str, Array]:
         rows = slice(start, start + _ROWS_AT_A_TIME)
         blocks = table_VD[rows].reshape(-1, num_blocks, BLOCK_SIZE)
         scale = np.abs(blocks).max(-1) / np.float32(127)
-        rounded = np.rint(blocks / np.where(scale > 0, scale, 1)[..., np.newaxis])
+        rounded = np.rint(blocks / np.where(scale > 0, scale, 1)[..., np.newaxis]).clip(-127, 127)
         numbers[rows], scales[rows] = rounded + 128, scale
         rounded *= scale[..., np.newaxis]
-        lengths[rows] = np.linalg.norm(rounded.reshape(-1, width), axis=-1)
+        lengths[rows] = _SLACK * _row_lengths(rounded)
         rounded -= blocks
-        errors[rows] = np.linalg.norm(rounded.reshape(-1, width), axis=-1)
+        errors[rows] = _SLACK * _row_lengths(rounded)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+    with ThreadPoolExecutor(_MOST_THREADS) as pool:
         list(pool.map(fill, range(0, num_rows, _ROWS_AT_A_TIME)))
-    return {"numbers": numbers, "scales": scales, "errors": errors * _SLACK, "lengths": lengths * _SLACK}
+    return {"numbers": numbers, "scales": scales, "errors": errors, "lengths": lengths}
+
+
+def _row_lengths(blocks: Array) -> Array:
+    """Their squares are summed in float64, in which those of the smallest float32 numbers are not 0."""
+    rows = blocks.reshape(len(blocks), -1)
+    return np.asarray(np.sqrt(np.einsum("vd,vd->v", rows, rows, dtype=np.float64)))
 
 
 # ---- graphs
@@ -159,20 +161,27 @@ def _round_rows(table_VD: Array) -> dict[str, Array]:
 def _whole_graph(head: DetachedHead) -> bytes:
     """Hidden states [B, T, D] to logits [B, T, V]."""
     writer = _start_graph(head)
-    logits = writer.op("FusedMatMul", [HIDDEN, "head"], domain=ORT, transB=1)
-    for factor in head.tail:
-        logits = writer.op("Tanh", [logits]) if factor is None else writer.op("Mul", [logits, writer.number(factor)])
+    logits = _follow(writer, writer.op("FusedMatMul", [HIDDEN, "head"], domain=ORT, transB=1), head.tail)
     return _finish_graph(writer, ["batch", "tokens", head.hidden_size], [logits])
 
 
-def _screening_graph(head: DetachedHead) -> bytes:
-    """Hidden states [N, D] to how many rows are in question, which [C], and their products, estimates and bounds [N, C]."""
+def _follow(writer: NodeWriter, products: str, tail: Sequence[float | None]) -> str:
+    """From products to logits."""
+    for factor in tail:
+        products = (
+            writer.op("Tanh", [products]) if factor is None else writer.op("Mul", [products, writer.number(factor)])
+        )
+    return products
+
+
+def _screening_graph(head: DetachedHead, rows: Mapping[str, Array]) -> bytes:
+    """Hidden states [N, D] to how many rows are in question, which [C], and their logits, products, estimates and bounds [N, C]."""
+    import onnx
+
     writer = _start_graph(head)
     last, first = writer.integers(-1), writer.integers(0)
-    blocks = head.hidden_size // BLOCK_SIZE
-    lent = {"numbers": (2, [blocks, BLOCK_SIZE]), "scales": (1, [blocks]), "errors": (1, []), "lengths": (1, [])}
-    for name, (kind, shape) in lent.items():
-        writer.graph.initializer.append(_external(name, kind, [head.vocab_size, *shape], "lent"))
+    # Within the model, so that nothing has to outlive the session: onnxruntime drops what it has laid out anew.
+    writer.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in rows.items())
     estimates = writer.op(
         "MatMulNBits",
         [HIDDEN, "numbers", "scales"],
@@ -195,30 +204,20 @@ def _screening_graph(head: DetachedHead) -> bytes:
     candidates = writer.op("Slice", [found, first, writer.integers(MOST_CANDIDATES)])
     products = writer.op("FusedMatMul", [HIDDEN, writer.op("Gather", ["head", candidates])], domain=ORT, transB=1)
     chosen = [writer.op("Gather", [value, candidates], axis=1) for value in (estimates, bounds)]
-    results = [writer.op("Shape", [found]), candidates, products, *chosen]
+    logits = _follow(writer, writer.op("Identity", [products]), head.tail)
+    results = [writer.op("Shape", [found]), candidates, logits, products, *chosen]
     return _finish_graph(writer, ["rows", head.hidden_size], results)
 
 
 def _start_graph(head: DetachedHead) -> NodeWriter:
     import onnx
 
-    graph = onnx.GraphProto(name="head")
-    graph.initializer.append(
-        _external(
-            "head", onnx.TensorProto.FLOAT, [head.vocab_size, head.hidden_size], head.location, offset=head.offset
-        )
-    )
-    return NodeWriter(graph, "of head")
-
-
-def _external(name: str, kind: int, shape: Sequence[int], location: str, **place: int) -> onnx.TensorProto:
-    """An initializer that lies in a file, or is lent when the session is opened."""
-    import onnx
-
-    tensor = onnx.TensorProto(name=name, data_type=kind, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
-    for key, value in {"location": location, **place}.items():
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
+    shape = [head.vocab_size, head.hidden_size]
+    weight = onnx.TensorProto(name="head", data_type=onnx.TensorProto.FLOAT, dims=shape)
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", head.location), ("offset", str(head.offset))):
+        weight.external_data.add(key=key, value=value)
+    return NodeWriter(onnx.GraphProto(name="head", initializer=[weight]), "of head")
 
 
 def _finish_graph(writer: NodeWriter, hidden_shape: Sequence[str | int], results: Sequence[str]) -> bytes:

@@ -155,11 +155,10 @@ def open_session(
     provider: str = "cpu",
     prepack: bool = True,
     weights: Mapping[str, ort.OrtValue] | None = None,
-    arrays: Mapping[str, Array] | None = None,
 ) -> ort.InferenceSession:
     """`graph`: a file of the bundle in `folder`, or a model in memory whose weights lie there. Raises RuntimeProviderError.
 
-    Initializers are `weights` where they are lent, which have to live as long as the session, and `arrays`, which need not.
+    `weights` are initializers that are lent: they have to live as long as the session.
     """
     name = graph.name if isinstance(graph, Path) else folder.name
     options = ort.SessionOptions()
@@ -176,9 +175,6 @@ def open_session(
         ort.preload_dlls()
     for initializer, value in (weights or {}).items():
         options.add_initializer(initializer, value)
-    if arrays:
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-        options.add_external_initializers(list(arrays), values)
     wanted = PROVIDERS[provider]
     providers = [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
     try:
@@ -189,6 +185,7 @@ def open_session(
         if provider == "cpu" and "NOT_IMPLEMENTED" in reason:
             hint = "onnxruntime has no bf16 kernels for the CPU: export with --precision fp32, or use --provider cuda"
         raise RuntimeProviderError(f"onnxruntime cannot load {name} on {provider}: {reason}", hint=hint) from error
+    session._model_bytes = None  # kept for a fall-back, which is off: of a head in 8 bits, hundreds of megabytes
     if session.get_providers()[0] != wanted:  # onnxruntime falls back to the CPU with a log line only
         raise RuntimeProviderError(
             f"onnxruntime has no working {wanted} here", hint="pip install 'voidprune[cuda]', or use --provider cpu"

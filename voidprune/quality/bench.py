@@ -237,7 +237,7 @@ def _prepare(
         if case.phase is Phase.DECODE:
             room = _room(session, case.length + num_new_tokens)
             conversations[case] = session.start(case.num_rows, max_positions=room)
-            conversations[case].prefill(_prompts(session, case, random))
+            conversations[case].prefill_greedily(_prompts(session, case, random))
     step = max((_work(work, case, num_new_tokens).bytes for case in cases), default=0)
     return _Runner(
         name,

@@ -68,6 +68,7 @@ def watch_request(
     note("before")
     started = time.perf_counter()
     session = BundleSession(folder, provider=provider)
+    session.start(max_positions=2).prefill_greedily([[0, 0]])  # some of it is opened when it is needed first
     load_seconds = time.perf_counter() - started
     note("loaded")
     conversation = session.start(max_positions=prompt_length + num_new_tokens)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from voidprune.execution.detached_head import find_common_head
+from voidprune.execution.detached_head import MOST_ROWS, find_common_head
 from voidprune.execution.device_weights import WeightRange, overlapping_groups, weight_ranges
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.models.families import read_architecture
@@ -37,7 +37,7 @@ class BundleWork:
     """What a bundle has to do.
 
     `weight_bytes[phase]`: what its graph reads each time; `kv_bytes`: of one token in one layer; `spared_bytes`: of the weights,
-    what need not be read where only the likeliest token is asked for.
+    what need not be read where only the likeliest tokens of a few rows are asked for.
     """
 
     manifest: Manifest
@@ -45,11 +45,14 @@ class BundleWork:
     weight_bytes: Mapping[Phase, int]
     kv_bytes: int
     spared_bytes: int
+    screens: bool = False
 
     def greedily(self) -> BundleWork:
         """The same for a runner that screens the head."""
-        spared = {phase: num_bytes - self.spared_bytes for phase, num_bytes in self.weight_bytes.items()}
-        return replace(self, weight_bytes=spared, spared_bytes=0)
+        return replace(self, screens=True)
+
+    def _read(self, phase: Phase, num_rows: int) -> int:
+        return self.weight_bytes[phase] - (self.spared_bytes if self.screens and num_rows <= MOST_ROWS else 0)
 
     def prefill(self, length: int, *, num_rows: int) -> Work:
         """Of `num_rows` prompts of `length` tokens each, at least two."""
@@ -59,7 +62,7 @@ class BundleWork:
             seen = sum(min(position, window) for position in range(1, length)) if earlier.attends else 0
             flops += (length - 1) * self._layer_flops(earlier) + 4 * seen * self.architecture.attention_width
             flops += self._step_flops(layer, last, length)
-        return Work(self.weight_bytes[Phase.PREFILL], num_rows * flops)
+        return Work(self._read(Phase.PREFILL, num_rows), num_rows * flops)
 
     def decode(self, context: int, *, num_rows: int) -> Work:
         """Of a step with `context` tokens in the cache, the new one included."""
@@ -69,7 +72,7 @@ class BundleWork:
             flops += self._step_flops(layer, action, context)
             if action.attends:
                 positions += min(context, shape.windows[layer] or context)
-        return Work(self.weight_bytes[Phase.DECODE] + num_rows * positions * self.kv_bytes, num_rows * flops)
+        return Work(self._read(Phase.DECODE, num_rows) + num_rows * positions * self.kv_bytes, num_rows * flops)
 
     def _actions(self, phase: Phase) -> list[LayerAction]:
         schedule = self.manifest.schedule
