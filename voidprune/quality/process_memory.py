@@ -26,7 +26,10 @@ PHASES = ("before", "loaded", "prefilled", "decoded")
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Bytes after each of PHASES, and the most ever; `device_bytes` is None on the CPU. `load_seconds`: opening the bundle."""
+    """Bytes after each of PHASES, and the most ever; `device_bytes` is None on the CPU.
+
+    `load_seconds`: until a prompt of two tokens is answered.
+    """
 
     resident_bytes: dict[str, int]
     peak_resident_bytes: int
