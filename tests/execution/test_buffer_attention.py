@@ -217,10 +217,10 @@ def test_every_family_answers_as_exported(
     tiny_model: TinyModel, make_bundle: MakeBundle, boundary: Boundary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two turns of rows of unequal length and a single one, however narrow the layers and short the prompts."""
+    folder = make_bundle(tiny_model, mixed(tiny_model, boundary=boundary)).folder
     monkeypatch.setattr(buffer_attention, "LEAST_WIDTH", 0)
     monkeypatch.setattr(buffer_attention, "SHORT_PROMPT", 2)
     monkeypatch.setattr(buffer_attention, "CHUNK", 4)
-    folder = make_bundle(tiny_model, mixed(tiny_model, boundary=boundary)).folder
     for lengths in ((5, 3), (21,)):
         found = []
         for session in (BundleSession(folder), BundleSession(folder, as_exported=True)):

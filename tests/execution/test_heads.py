@@ -170,8 +170,8 @@ def test_every_family_says_the_same_by_either_head(
     tiny_model: TinyModel, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy tokens and logits, two turns, rows of unequal length; as exported, and with the head apart."""
+    folder = make_bundle(tiny_model, mixed(tiny_model)).folder  # with a session that others use: nothing is patched yet
     monkeypatch.setattr(detached_head, "LEAST_BYTES", 0)
-    folder = make_bundle(tiny_model, mixed(tiny_model)).folder
     apart, exported = BundleSession(folder), BundleSession(folder, as_exported=True)
     in_blocks = json.loads((folder / "config.json").read_bytes())["hidden_size"] % BLOCK_SIZE == 0
     assert apart.head.is_screened == in_blocks
@@ -207,8 +207,8 @@ def test_small_heads_packed_ones_and_unpacked_graphs_keep_their_head(
 def test_graphs_that_end_in_different_ways_have_no_common_head(
     llama: TinyModel, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(detached_head, "LEAST_BYTES", 0)
     folder = make_bundle(llama, full_schedule(llama.identity)).folder
+    monkeypatch.setattr(detached_head, "LEAST_BYTES", 0)
     graphs = [onnx.load(folder / f"{phase}.onnx", load_external_data=False).graph for phase in ("prefill", "decode")]
     head = find_common_head(graphs)
     assert head is not None
