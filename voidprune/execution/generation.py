@@ -103,15 +103,13 @@ class Responses:
 
     def _next_tokens(self, tokens_BT: Array | None) -> Array:
         """The first of each response, or those after `tokens_BT`."""
-        model, sampling = self.conversation, self.sampling
-        if sampling is None:
-            chosen = (
+        model = self.conversation
+        if self.sampling is None:
+            return (
                 model.prefill_greedily(self.prompts) if tokens_BT is None else model.decode_greedily(tokens_BT)[:, -1]
             )
-            return np.asarray(chosen, np.int64)
         logits_BV = model.prefill(self.prompts) if tokens_BT is None else model.decode(tokens_BT)[:, -1]
-        scores_BV = draw_scores(logits_BV.astype(np.float64), sampling, self.dice)
-        return np.asarray(scores_BV.argmax(-1), np.int64)
+        return np.asarray(draw_scores(logits_BV.astype(np.float64), self.sampling, self.dice).argmax(-1))
 
     def _end(self, row: int, ending: Ending) -> None:
         if row in self._running:

@@ -3,7 +3,7 @@
 A float32 head is often the largest matrix that a step reads. Greedy decoding asks only where its product is largest. That is
 found from a copy of the head in 8 bits, with a bound on how far each logit can be from the true one: only the rows whose upper
 bound reaches the greatest lower bound are multiplied in float32. So the token is that of the float32 head, up to the rounding of
-float32 sums, and a quarter of the head is read.
+float32 sums, for little more than a quarter of the bytes.
 
 For a row w and its copy w', a hidden state x and what the operator (`MatMulNBits`, accuracy_level 4) rounds it to, x',
 
@@ -29,7 +29,7 @@ import numpy as np
 import onnxruntime as ort
 
 from voidprune.execution.detached_head import BLOCK_SIZE, HIDDEN, LOGITS, MOST_ROWS, DetachedHead
-from voidprune.execution.node_writer import ORT, NodeWriter
+from voidprune.execution.node_writer import ORT, NodeWriter, small_model
 from voidprune.execution.providers import open_session
 
 Array = np.ndarray[Any, Any]
@@ -40,7 +40,6 @@ _SLACK = 1.02
 """By which bounds are wider than exact arithmetic would need."""
 _ROWS_AT_A_TIME = 256
 _MOST_THREADS = 8
-_IR_VERSION = 10
 
 
 class Head(Protocol):
@@ -199,12 +198,12 @@ def _screening_graph(head: DetachedHead, rows: Mapping[str, Array]) -> bytes:
     bounds = writer.op("Add", [of_rows, writer.op("Mul", ["lengths", rounding])])
     least = writer.op("ReduceMax", [writer.op("Sub", [estimates, bounds]), last])
     reaches = writer.op("GreaterOrEqual", [writer.op("Add", [estimates, bounds]), least])
-    by_any = writer.op("ReduceMax", [writer.op("Cast", [reaches], to=2), first], keepdims=0)  # UINT8
+    by_any = writer.op("ReduceMax", [writer.op("Cast", [reaches], to=onnx.TensorProto.UINT8), first], keepdims=0)
     found = writer.op("Squeeze", [writer.op("NonZero", [by_any]), first])
     candidates = writer.op("Slice", [found, first, writer.integers(MOST_CANDIDATES)])
     products = writer.op("FusedMatMul", [HIDDEN, writer.op("Gather", ["head", candidates])], domain=ORT, transB=1)
     chosen = [writer.op("Gather", [value, candidates], axis=1) for value in (estimates, bounds)]
-    logits = _follow(writer, writer.op("Identity", [products]), head.tail)
+    logits = _follow(writer, writer.op("Identity", [products]), head.tail)  # no value is a result twice
     results = [writer.op("Shape", [found]), candidates, logits, products, *chosen]
     return _finish_graph(writer, ["rows", head.hidden_size], results)
 
@@ -226,6 +225,4 @@ def _finish_graph(writer: NodeWriter, hidden_shape: Sequence[str | int], results
     graph = writer.graph
     graph.input.append(onnx.helper.make_tensor_value_info(HIDDEN, onnx.TensorProto.FLOAT, hidden_shape))
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in results)
-    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(ORT, 1)]
-    model: bytes = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION).SerializeToString()
-    return model
+    return small_model(graph)

@@ -81,6 +81,15 @@ class NodeWriter:
         return f"{self.prefix}.{self._count}"
 
 
+def small_model(graph: onnx.GraphProto) -> bytes:
+    """A model of standard operators and onnxruntime's own, made for one session."""
+    import onnx
+
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(ORT, 1)]
+    model: bytes = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return model
+
+
 def rename_value(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
     """Where it is made and wherever it is used, in branches and loops, too."""
     for node in nodes:

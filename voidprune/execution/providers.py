@@ -17,6 +17,7 @@ from voidprune.execution.composition import PHASE_INPUT, compose_graphs
 from voidprune.execution.detached_head import DetachedHead
 from voidprune.execution.device_weights import DeviceWeights, can_load, load_device_weights, weight_ranges
 from voidprune.execution.manifest import Manifest, packs_weights
+from voidprune.execution.node_writer import small_model
 from voidprune.schedule import Phase
 
 if TYPE_CHECKING:
@@ -235,9 +236,7 @@ def _integer_product() -> float:
         [onnx.helper.make_tensor_value_info("product", onnx.TensorProto.FLOAT, [1, 16])],
         [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
-    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
-    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = open_session(model.SerializeToString(), Path(), provider="cpu", prepack=True)
+    session = open_session(small_model(graph), Path())
     (product,) = session.run(None, {"value": np.full((1, _INNER), 255, np.uint8)})
     return float(product[0, 0])
 

@@ -22,6 +22,7 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from voidprune.execution.manifest import Manifest
+from voidprune.execution.node_writer import small_model
 from voidprune.execution.providers import PROVIDERS
 from voidprune.quality.work import Work
 from voidprune.schedule import Phase
@@ -227,13 +228,11 @@ def _timed_product(
         [onnx.helper.make_tensor_value_info("c", result, [rows, outer])],
         list(initializers),
     )
-    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
-    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     with contextlib.suppress(Fail):  # the process has its pool already
         ort.set_global_thread_pool_sizes(0, 1)
     options.use_per_session_threads = False
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[provider]])
+    session = ort.InferenceSession(small_model(graph), options, providers=[PROVIDERS[provider]])
     binding = session.io_binding()
     known: dict[int, Any] = {onnx.TensorProto.UINT8: np.uint8, onnx.TensorProto.FLOAT: np.float32}
     dtype = known.get(kind)
