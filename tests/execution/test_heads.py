@@ -56,7 +56,14 @@ def nearly_alike(random: np.random.Generator) -> Array:
     return ordinary(random)[:1] + np.float32(1e-3) * ordinary(random)
 
 
-@pytest.mark.parametrize("make_table", [ordinary, of_all_lengths, with_outliers, nearly_alike])
+def of_whole_numbers(random: np.random.Generator) -> Array:
+    """Rows that their copies are: all of the error is that of the hidden states."""
+    table_VD = random.integers(-127, 128, (500, WIDTH))
+    table_VD[:, ::BLOCK_SIZE] = 127
+    return table_VD.astype(np.float32)
+
+
+@pytest.mark.parametrize("make_table", [ordinary, of_all_lengths, with_outliers, nearly_alike, of_whole_numbers])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 4), (3, 3)])
 def test_the_token_is_that_of_the_whole_head(tmp_path: Path, make_table: Any, shape: tuple[int, int]) -> None:
     random = np.random.default_rng(0)

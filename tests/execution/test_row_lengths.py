@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +12,8 @@ from tests.conftest import MakeBundle
 from tests.execution.test_session import mixed, random_prompts
 from tests.tiny_models import TinyModel
 from voidprune.execution.bindings import HostBinding
+from voidprune.execution.node_writer import small_model
+from voidprune.execution.providers import open_session
 from voidprune.execution.row_lengths import LENGTHS, MASK, take_lengths
 from voidprune.execution.session import BundleSession
 from voidprune.schedule import Phase, full_schedule
@@ -33,6 +37,24 @@ def test_our_runner_tells_lengths_and_others_a_mask(llama: TinyModel, make_bundl
         logits.append(conversation.decode(np.full((3, 1), 9))[:, -1])
         found.append(np.stack(logits))
     np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_what_is_counted_is_the_same(tmp_path: Path) -> None:
+    """Tokens of each row, and of the longest."""
+    nodes = [
+        onnx.helper.make_node("ReduceSum", [MASK, "one"], ["counted"], keepdims=0),
+        onnx.helper.make_node("Identity", ["counted"], ["ones"]),
+        onnx.helper.make_node("Shape", [MASK], ["columns"], start=1, end=2),
+    ]
+    info, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.INT64
+    one = onnx.numpy_helper.from_array(np.array([1]), "one")
+    outputs = [info("ones", kind, ["batch"]), info("columns", kind, [1])]
+    graph = onnx.helper.make_graph(nodes, "counts", [info(MASK, kind, ["batch", "total"])], outputs, [one])
+    mask_BS = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    counted = open_session(small_model(graph), tmp_path).run(None, {MASK: mask_BS})
+    take_lengths([graph])
+    told = open_session(small_model(graph), tmp_path).run(None, {LENGTHS: mask_BS.sum(-1)})
+    assert [value.tolist() for value in told] == [value.tolist() for value in counted] == [[3, 5, 1], [5]]
 
 
 def test_a_mask_that_is_more_than_counted_stays(llama: TinyModel, make_bundle: MakeBundle) -> None:

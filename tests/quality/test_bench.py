@@ -13,11 +13,13 @@ from rich.console import Console
 
 from voidprune.cli import main
 from voidprune.errors import ContextLengthError, NoiseError
+from voidprune.execution import detached_head
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.models import open_model
 from voidprune.quality.bench import run_benchmark
 from voidprune.quality.process_memory import PHASES
+from voidprune.quality.work import measure_work
 from voidprune.schedule import dropped_schedule
 from voidprune.tables import benchmark_table
 
@@ -69,6 +71,21 @@ def test_two_bundles_side_by_side(pruned_folder: Path) -> None:
     assert document["clocks"] is None
     identity = open_model("demo").identity
     assert (document["model"], document["model_fingerprint"]) == (identity.name, identity.fingerprint)
+
+
+def test_the_floor_of_greedy_decoding_is_that_of_the_head_in_8_bits(
+    pruned_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detached_head, "LEAST_BYTES", 0)
+    found = run_benchmark(
+        {"one": pruned_folder}, prompt_lengths=(4,), context_lengths=(4,), num_new_tokens=1, num_rounds=1
+    )
+    work = measure_work(pruned_folder)
+    for case, whole, screened in (
+        (found.timings[0].prefill[0], work.prefill(4, num_rows=1), work.greedily().prefill(4, num_rows=1)),
+        (found.timings[0].decode[0], work.decode(5, num_rows=1), work.greedily().decode(5, num_rows=1)),
+    ):
+        assert case.bytes == screened.bytes < whole.bytes
 
 
 def test_a_run_that_says_nothing_is_refused(pruned_folder: Path) -> None:
