@@ -82,12 +82,13 @@ class TransformersCompiled(Transformers):
 
 class Genai:
     precision = "fp32"
+    block_size = 32
 
     @classmethod
     def prepare(cls, source: Path, target: Path) -> None:
         options = ["prune_lm_head=true"]
         if cls.precision == "int4":
-            options += ["int4_block_size=32", "int4_accuracy_level=4"]
+            options += [f"int4_block_size={cls.block_size}", "int4_accuracy_level=4"]
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", target]
         command += ["-p", cls.precision, "-e", "cpu", "-c", target.parent / "cache", "--extra_options", *options]
         subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
@@ -129,6 +130,10 @@ class Genai:
 
 class GenaiInt4(Genai):
     precision = "int4"
+
+
+class GenaiInt4In128(GenaiInt4):
+    block_size = 128
 
 
 class Optimum:
@@ -327,11 +332,14 @@ PEERS: dict[str, Any] = {
     "voidprune int4": Voidprune,
     "voidprune w8a8": Voidprune,
     "voidprune w8a8-int4": Voidprune,
+    "voidprune int4 128": Voidprune,
+    "voidprune w8a8-int4 128": Voidprune,
     "voidprune fp32 logits": VoidpruneLogits,
     "transformers eager": Transformers,
     "transformers compiled": TransformersCompiled,
     "genai fp32": Genai,
     "genai int4": GenaiInt4,
+    "genai int4 128": GenaiInt4In128,
     "transformers.exporters": Exporters,
     "optimum-onnx": Optimum,
     "llama.cpp F32": LlamaCpp,

@@ -10,7 +10,8 @@ run in groups, ours in each.
 where a ratio is worse by more than the noise of both (`voidprune.quality.regressions`): `make bench-check`.
 
 A ratio is the time of the runtime over ours of the same round: above 1, ours is faster. Runtimes in 4 bits are put beside our
-int4, or beside what `--packed` says; those in 8 bits beside our w8a8, which runs where it is asked for. With float32, the greedy
+int4, or beside what `--packed` says ("128": in blocks of 128, which take less time, and GPTQ to be as good as blocks of 32); those
+in 8 bits beside our w8a8, which runs where it is asked for. With float32, the greedy
 tokens must be ours, or the work was not the same.
 """
 
@@ -40,8 +41,16 @@ from voidprune.quality.spreads import interval_confidence, median_spread, ratio_
 WORKER = Path(__file__).with_name("peer_worker.py")
 ACCEPTED = ROOT / "benchmarks" / "accepted.json"
 PLAIN, PACKED, INTEGER, HYBRID = "voidprune fp32", "voidprune int4", "voidprune w8a8", "voidprune w8a8-int4"
+PACKED_128, HYBRID_128 = f"{PACKED} 128", f"{HYBRID} 128"
 LOGITS = "voidprune fp32 logits"
-PRECISIONS = {PACKED: "int4", INTEGER: "w8a8", HYBRID: "w8a8-int4"}
+PACKINGS = {
+    PACKED: ("int4", 32),
+    PACKED_128: ("int4", 128),
+    INTEGER: ("w8a8", 32),
+    HYBRID: ("w8a8-int4", 32),
+    HYBRID_128: ("w8a8-int4", 128),
+}
+"""Precision and block size of ours."""
 SETTINGS = (
     "model",
     "layers",
@@ -73,10 +82,13 @@ PEERS = {
     PACKED: Peer(None, PACKED, 0.5),
     INTEGER: Peer(None, PACKED, 0.8),
     HYBRID: Peer(None, PACKED, 0.9),
+    PACKED_128: Peer(None, PACKED, 0.5),
+    HYBRID_128: Peer(None, PACKED, 0.9),
     "transformers eager": Peer(None, PLAIN, 1.5),
     "transformers compiled": Peer(None, PLAIN, 1.7),
     "genai fp32": Peer("genai", PLAIN, 2.3),
     "genai int4": Peer("genai", PACKED, 0.6),
+    "genai int4 128": Peer("genai", PACKED, 0.6),
     "transformers.exporters": Peer("exporters", PLAIN, 4.3),
     "optimum-onnx": Peer("optimum", PLAIN, 2.3),
     "llama.cpp F32": Peer("llama-cpp", PLAIN, 1.3),
@@ -147,7 +159,7 @@ def main() -> None:
         "--peers", help=f"A list, of: {', '.join(name for name in PEERS if name not in (PLAIN, PACKED))}"
     )
     parser.add_argument(
-        "--packed", choices=list(PRECISIONS), default=PACKED, help="Which of ours runtimes in 4 bits are put beside."
+        "--packed", choices=list(PACKINGS), default=PACKED, help="Which of ours runtimes in 4 bits are put beside."
     )
     parser.add_argument("--prompt", type=int, default=512, help="Tokens of a prefill.")
     parser.add_argument("--context", type=int, default=512, help="Tokens in the cache when decode starts.")
@@ -246,12 +258,13 @@ def export_ours(
     if keep is not None:
         kept = {round(place) for place in np.linspace(0, num_layers - 1, max(1, round(keep * num_layers)))}
         schedule = dropped_schedule(checkpoint.identity, set(range(num_layers)) - kept)
-    folders = {name: folder / PRECISIONS.get(name, "fp32") for name in names}
+    folders = {name: folder / name.replace(" ", "-") for name in names}
     export_bundle(
         checkpoint, schedule, folders[PLAIN], verify=lambda _stage: None, formats=("hf", "onnx"), max_shard_bytes=10**12
     )
-    for name in PRECISIONS.keys() & folders.keys():
-        packing = uniform_packing(PRECISIONS[name], len(schedule.union))
+    for name in PACKINGS.keys() & folders.keys():
+        precision, block_size = PACKINGS[name]
+        packing = uniform_packing(precision, len(schedule.union), block_size=block_size)
         export_bundle(
             checkpoint, schedule, folders[name], verify=lambda _stage: None, formats=("onnx",), packing=packing
         )
@@ -276,7 +289,7 @@ def prepare(name: str, python: Path, source: Path, target: Path) -> Path:
 def ours_beside(peers: Sequence[str]) -> list[str]:
     """Those of ours that run with these: beyond float32 and int4 what is asked for, or another is put beside."""
     asked = {*peers, *(PEERS[name].beside for name in peers)}
-    return [PLAIN, PACKED, *(name for name in (INTEGER, HYBRID) if name in asked)]
+    return [PLAIN, PACKED, *(name for name in PACKINGS if name in asked and name != PACKED)]
 
 
 def groups(peers: Sequence[str], weight_bytes: int) -> list[list[str]]:
@@ -310,7 +323,7 @@ def run_group(
     positions = max(arguments.prompt, arguments.context + arguments.steps)
     workers: dict[str, Worker] = {}
     seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in names}
-    floors: dict[str, list[dict[str, float]]] = {name: [] for name in names if name in (PLAIN, *PRECISIONS)}
+    floors: dict[str, list[dict[str, float]]] = {name: [] for name in names if name in (PLAIN, *PACKINGS)}
     meters: dict[str, Worker] = {}
     tokens: dict[str, list[int]] = {name: [] for name in names}
     size = {"threads": arguments.threads, "positions": positions}
@@ -344,7 +357,7 @@ def run_group(
     rows = []
     for name in names:
         beside = PEERS[name].beside
-        if beside == PACKED and name not in PRECISIONS:
+        if beside == PACKED and name not in PACKINGS:
             beside = arguments.packed
         timed = {phase: values[1:] for phase, values in seconds[name].items()}  # the first round warms up
         ours = {phase: values[1:] for phase, values in seconds[beside].items()}

@@ -1,14 +1,16 @@
 """Bytes and quality of the precisions of graphs: `python benchmarks/precision.py [MODEL ...]`, the demo model unless told.
 
 Each is exported of the whole model and put beside it: weight error, KL and perplexity on responses, and on the demo model the
-share of right answers. Bits of "mixed" are chosen on the calibration split (of other models: on every second answered prompt),
-the rest is measured on what was not chosen by. Nothing is verified here; `voidprune export` does that.
+share of right answers. Bits of "mixed" are chosen, and GPTQ rounds, on the calibration split (of other models: on every second
+answered prompt); the rest is measured on what was not chosen by. Nothing is verified here; `voidprune export` does that.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import numpy as np
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
 from voidprune.export.quantize import Packing, layer_weights, uniform_packing
+from voidprune.healing.rounding import round_layers
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.packed import BlockFormat
 from voidprune.models.pretrained import end_tokens, load_model, load_tokenizer
@@ -30,6 +33,15 @@ from voidprune.quality.evaluation import evaluate
 from voidprune.schedule import Schedule, full_schedule
 
 NUM_ITEMS = 50
+CALIBRATED = (
+    "int4",
+    "int4, zero points",
+    "int4, blocks of 128",
+    "int4, blocks of 128, zero points",
+    "int4, head in 8",
+    "mixed, 5 bits",
+)
+"""What is measured with GPTQ as well."""
 
 
 def samples_of(checkpoint: Checkpoint) -> tuple[list[Sample], list[Sample]]:
@@ -57,6 +69,7 @@ def packings(checkpoint: Checkpoint, schedule: Schedule, harm: Harm) -> dict[str
         "int4": uniform_packing("int4", num_layers),
         "int4, zero points": uniform_packing("int4", num_layers, zero_points=True),
         "int4, blocks of 128": uniform_packing("int4", num_layers, block_size=128),
+        "int4, blocks of 128, zero points": uniform_packing("int4", num_layers, block_size=128, zero_points=True),
         "int4, head in 8": replace(uniform_packing("int4", num_layers), precision="mixed", head=8),
         "int8": uniform_packing("int8", num_layers),
         "int8, blocks of 128": uniform_packing("int8", num_layers, block_size=128),
@@ -99,29 +112,44 @@ def main(models: list[str]) -> None:
         print("KL of attention, MLP in 4 bits: " + "; ".join(f"{one:.2g}, {two:.2g}" for one, two in harm))
         print("| precision | bytes | error | perplexity x | KL | same token | right |\n|---|---|---|---|---|---|---|")
         for label, packing in packings(checkpoint, schedule, harm).items():
-            with tempfile.TemporaryDirectory() as scratch:
-                print(measure(checkpoint, schedule, packing, judging, Path(scratch) / label, label=label), flush=True)
+            measure = functools.partial(measure_packing, checkpoint, schedule, packing, judging)
+            print(measure(label=label), flush=True)
+            if label in CALIBRATED:
+                print(measure(label=f"{label}, GPTQ", calibration=choosing), flush=True)
 
 
-def measure(
-    checkpoint: Checkpoint, schedule: Schedule, packing: Packing, judging: list[Sample], folder: Path, *, label: str
+def measure_packing(
+    checkpoint: Checkpoint,
+    schedule: Schedule,
+    packing: Packing,
+    judging: list[Sample],
+    *,
+    label: str,
+    calibration: Sequence[Sample] = (),
 ) -> str:
-    """A line of the table."""
-    manifest = export_bundle(
-        checkpoint,
-        schedule,
-        folder,
-        verify=lambda _stage: None,
-        formats=("onnx",),
-        packing=packing,
-        measure=lambda stage: measure_fidelity(checkpoint, schedule, stage, judging, provider="cpu"),
-    )
+    """A line of the table. With `calibration`, matrices in 4 bits are rounded on it."""
+    rounded = {}
+    if calibration:
+        rounded = round_layers(load_model(checkpoint.folder), checkpoint, schedule, calibration, packing)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "packed"
+        manifest = export_bundle(
+            checkpoint,
+            schedule,
+            folder,
+            verify=lambda _stage: None,
+            formats=("onnx",),
+            packing=packing,
+            rounded=rounded,
+            measure=lambda stage: measure_fidelity(checkpoint, schedule, stage, judging, provider="cpu"),
+        )
+        right = accuracy(checkpoint, folder)
     assert manifest.quantization is not None
     found = manifest.quantization.fidelity
     assert found is not None
     return (
         f"| {label} | {manifest.graph_weight_bytes:,} | {manifest.quantization.weight_error:.2%} | "
-        f"{found.perplexity_ratio:.4f} | {found.kl:.2g} | {found.top1:.2%} | {accuracy(checkpoint, folder)} |"
+        f"{found.perplexity_ratio:.4f} | {found.kl:.2g} | {found.top1:.2%} | {right} |"
     )
 
 

@@ -22,6 +22,8 @@ from voidprune.execution.reference import scheduled
 from voidprune.export.quantize import LayerBits, average_bits, packed_bytes, restore_rows
 from voidprune.models.packed import BlockFormat
 from voidprune.models.pretrained import load_model
+from voidprune.pipeline import export as pipeline_export
+from voidprune.pipeline import precision
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.models import open_model
@@ -122,8 +124,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert mixed.exit_code == 0, mixed.output
     both = invoke(*common, "-o", folder / "both", "--precision", "int4", "--activations", "fp32", "--zero-points")
     assert both.exit_code == 0, both.output
-    for result, precision in ((mixed, "mixed"), (both, "F32 and int4")):
-        assert f" {precision}, of 7.41 MB" in result.stdout
+    for result, kinds in ((mixed, "mixed"), (both, "F32 and int4")):
+        assert f" {kinds}, of 7.41 MB" in result.stdout
         assert "same likeliest token" in result.stdout
     return {"mixed": folder / "mixed", "both": folder / "both"}
 
@@ -178,6 +180,82 @@ def test_genai_packs_weights_where_they_are_packed(bundles: dict[str, Path]) -> 
     assert "session.disable_prepacking" not in document["model"]["decoder"]["session_options"]
 
 
+def test_rounding_on_samples_is_written_measured_on_others_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verified as every export: the graphs give what the file means, whichever way it was rounded."""
+    seen: dict[str, list[Sample]] = {}
+
+    def watch(name: str, place: int) -> None:
+        function = getattr(precision, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            seen[name] = list(args[place])
+            return function(*args, **options)
+
+        monkeypatch.setattr(precision, name, watched)
+
+    watch("round_layers", 3)
+    watch("measure_fidelity", 3)
+    monkeypatch.setattr(pipeline_export, "measure_fidelity", precision.measure_fidelity)
+    found = {}
+    for rounding in ("nearest", "gptq"):
+        seen.clear()
+        folder = tmp_path / rounding
+        result = invoke(
+            "export", "demo", "-o", folder, "--precision", "int4", "--block-size", 128, "--rounding", rounding,
+            "--keep", 1, "--format", "onnx", "--dataset", "demo", "--responses", "dataset", "--num-samples", 60, "--quiet",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        manifest = read_manifest(folder)
+        assert manifest.quantization is not None
+        assert manifest.quantization.rounding == rounding
+        assert manifest.quantization.fidelity is not None
+        assert ("rounded by GPTQ" in result.stdout) is (rounding == "gptq")
+        assert ("rounded by GPTQ on calibration samples" in (folder / "README.md").read_text()) is (rounding == "gptq")
+        found[rounding] = manifest
+        if rounding == "gptq":
+            rounded_on, measured_on = ({sample.prompt for sample in samples} for samples in seen.values())
+            assert len(rounded_on) > 2 * len(measured_on) > 0
+            assert not rounded_on & measured_on
+    nearest, gptq = (one.quantization for one in found.values())
+    assert nearest is not None
+    assert gptq is not None
+    assert nearest.fidelity is not None
+    assert gptq.fidelity is not None
+    assert gptq.fidelity.kl < 0.5 * nearest.fidelity.kl
+    assert gptq.weight_error > nearest.weight_error, "each weight by itself is further off"
+    assert found["nearest"].graph_weight_bytes == found["gptq"].graph_weight_bytes
+
+
+def test_sublayers_in_4_bits_of_mixed_ones_are_rounded_on_samples(tmp_path: Path) -> None:
+    result = invoke(
+        "export", "demo", "-o", tmp_path / "out", "--precision", "mixed", "--rounding", "gptq", "--keep", 1, "--format",
+        "onnx", "--dataset", "demo", "--responses", "dataset", "--num-samples", 20, "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.quantization is not None
+    assert manifest.quantization.rounding == "gptq"
+    assert {number for pair in manifest.quantization.layer_bits for number in pair} == {4, 8}
+
+
+def test_rounding_on_samples_takes_a_model_that_runs_and_4_bits(llama: TinyModel, tmp_path: Path) -> None:
+    request = PackingRequest("int4", rounding="gptq")
+    with pytest.raises(ModelError, match="cannot run here, so nothing says how to round its matrices"):
+        export_model(
+            llama.checkpoint, full_schedule(llama.identity), tmp_path / "out", formats=("onnx",), packing=request
+        )
+    with pytest.raises(ModelError, match="w8a8 has no matrices in 4 bits"):
+        PackingRequest("w8a8", rounding="gptq")
+    result = invoke(
+        "export", "demo", "-o", tmp_path / "few", "--precision", "int4", "--rounding", "gptq", "--keep", 1, "--format",
+        "onnx", "--num-samples", 2, "--max-new-tokens", 4, "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "too few to train on some and hold others out" in result.output
+
+
 def test_baseline_has_the_same_precision(bundles: dict[str, Path]) -> None:
     found = benchmark_bundle(bundles["mixed"], baseline="demo", prompt_lengths=(4,), num_new_tokens=2, num_rounds=1)
     whole, pruned = found["timings"]
@@ -195,6 +273,7 @@ def test_baseline_has_the_same_precision(bundles: dict[str, Path]) -> None:
         (("--precision", "int4", "--bits", "5"), "--bits goes with --precision mixed"),
         (("--block-size", "128"), "--block-size goes with --precision int8 or int4 or mixed or w8a8"),
         (("--precision", "fp16", "--zero-points"), "--zero-points goes with --precision int8 or int4 or mixed or w8a8"),
+        (("--precision", "int8", "--rounding", "gptq"), "--rounding goes with --precision int4 or mixed or w8a8-int4"),
         (("--activations", "fp32"), "--activations goes with --precision int8 or int4 or mixed or w8a8"),
     ],
 )

@@ -40,6 +40,10 @@ def packed(precision: str, *bits: int, **settings: object) -> Quantization:
             "--precision int4 --block-size 128 --activations fp32 --zero-points",
         ),
         (
+            {"quantization": packed("int4", 4, rounding="gptq", zero_points=False)},
+            "--precision int4 --block-size 128 --activations fp32 --rounding gptq",
+        ),
+        (
             {"quantization": packed("mixed", 4, 8, block_size=32, zero_points=False, activations="int8")},
             "--precision mixed --block-size 32 --activations int8 --bits ",
         ),

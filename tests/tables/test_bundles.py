@@ -37,7 +37,7 @@ def make_manifest(**changes: object) -> Manifest:
 
 PACKED = Quantization(
     "mixed", 128, True, ((4, 8),) * len(wide_schedule(80).union), 8, "int8", 5.123, 0.0123,
-    Fidelity(0.98765, 0.012345, 1.23456, 123_456),
+    Fidelity(0.98765, 0.012345, 1.23456, 123_456), "gptq",
 )  # fmt: skip
 
 
@@ -52,6 +52,7 @@ def test_it_fits(quantization: Quantization | None) -> None:
     assert f"{len(wide_schedule(80).union)} of 80" in found
     if quantization is not None:
         assert "perplexity x 1.2346, KL 0.012 nats," in found
+        assert "rounded by GPTQ" in " ".join(found)
 
 
 def test_other_operators_and_layouts() -> None:

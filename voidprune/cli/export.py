@@ -98,6 +98,7 @@ def export(
     block_size: str,
     zero_points: bool,
     activations: str,
+    rounding: str,
     bits: float | None,
     min_scores: tuple[tuple[str | None, float], ...],
     max_ppl_ratio: float | None,
@@ -163,7 +164,15 @@ def export(
         check_push_target(repo, public=public)
     packing = None
     if packed:
-        packing = packing_request(precision, block_size, zero_points, activations, bits, options)
+        packing = packing_request(
+            precision,
+            block_size=block_size,
+            zero_points=zero_points,
+            activations=activations,
+            rounding=rounding,
+            bits=bits,
+            options=options,
+        )
         precision = "keep"
     says_nothing = all(
         context.get_parameter_source(name) is ParameterSource.DEFAULT

@@ -186,6 +186,13 @@ packing_options = together(
             show_default=True,
             help="There, what products round the other factor to: fast, or exact (not with w8a8).",
         ),
+        click.option(
+            "--rounding",
+            type=click.Choice(["nearest", "gptq"]),
+            default="nearest",
+            show_default=True,
+            help="Of layers in 4 bits: every weight to nearest, or on samples, so that weights make up for each other (GPTQ).",
+        ),
         click.option("--bits", type=float, help="Of an average weight of the layers, in mixed.  [default: 5]"),
     ]
 )
@@ -193,17 +200,25 @@ packing_options = together(
 
 def check_packing_options(context: click.Context, precision: str) -> None:
     """Raise UsageError where an option of `packing_options` does not go with the precision."""
-    from voidprune.models.packed import PACKED_PRECISIONS
+    from voidprune.models.packed import FOUR_BIT_PRECISIONS, PACKED_PRECISIONS
 
-    for name in ("block_size", "zero_points", "activations", "bits"):
-        wanted = ("mixed",) if name == "bits" else PACKED_PRECISIONS
+    goes_with = {"bits": ("mixed",), "rounding": FOUR_BIT_PRECISIONS}
+    for name in ("block_size", "zero_points", "activations", "rounding", "bits"):
+        wanted = goes_with.get(name, PACKED_PRECISIONS)
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT and precision not in wanted:
             option = "--" + name.replace("_", "-")
             raise click.UsageError(f"{option} goes with --precision {' or '.join(wanted)}")
 
 
 def packing_request(
-    precision: str, block_size: str, zero_points: bool, activations: str, bits: float | None, options: Mapping[str, Any]
+    precision: str,
+    *,
+    block_size: str,
+    zero_points: bool,
+    activations: str,
+    rounding: str,
+    bits: float | None,
+    options: Mapping[str, Any],
 ) -> PackingRequest:
     """The options of `packing_options`, to be measured on the samples that `options`, of `trial_options`, ask for."""
     from voidprune.pipeline.plan import Calibrated
@@ -215,6 +230,7 @@ def packing_request(
         zero_points=zero_points,
         activations=activations,
         average_bits=5.0 if bits is None else bits,
+        rounding=rounding,
         calibrated=Calibrated(**{name: options[name] for name in SAMPLE_OPTIONS}),
     )
 

@@ -15,6 +15,7 @@ from voidprune.models.packed import (
     BITS,
     BLOCK_SIZES,
     PACKED_PRECISIONS,
+    ROUNDINGS,
     differs_by_phase,
     multiplies_rows,
     packed_file,
@@ -96,7 +97,8 @@ class Quantization:
     token), else "fp32". Where the phases have matrices of their own, `layer_bits`, `average_bits` and `weight_error` are of
     those of decode; prefill's are rows of 8 bits.
     `weight_error`: root of the mean square error of all matrices over that of their weights; `average_bits`: of a weight of the
-    layers' matrices, scales and zero points not counted.
+    layers' matrices, scales and zero points not counted. `rounding`: of the layers' matrices in 4 bits, "nearest" or "gptq"; the
+    others, embedding and head are rounded to nearest. Older files do not say it.
     """
 
     precision: str
@@ -108,6 +110,7 @@ class Quantization:
     average_bits: float
     weight_error: float
     fidelity: Fidelity | None = None
+    rounding: str = "nearest"
 
     @property
     def file(self) -> str:
@@ -131,6 +134,7 @@ class Quantization:
             ("zero_points", type(self.zero_points) is bool),
             ("layer_bits", all(number in BITS for number in bits) and all(len(pair) == 2 for pair in self.layer_bits)),
             ("activations", self.activations in ACTIVATIONS),
+            ("rounding", self.rounding in ROUNDINGS),
             ("average_bits", type(self.average_bits) in (int, float)),
             ("weight_error", type(self.weight_error) in (int, float)),
         ):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import voidprune
@@ -27,7 +28,7 @@ from voidprune.export.genai import FILE as GENAI_FILE
 from voidprune.export.genai import describe_genai
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, write_slim_checkpoint, write_slim_files
 from voidprune.export.model_card import read_card, write_model_card
-from voidprune.export.quantize import Packing, average_bits, layer_weights, write_packed
+from voidprune.export.quantize import Packing, Rounded, average_bits, layer_weights, write_packed
 from voidprune.models.checkpoint import (
     FLOAT_DTYPES,
     Checkpoint,
@@ -73,6 +74,7 @@ def export_bundle(
     precision: str = "keep",
     operators: str = "ort",
     packing: Packing | None = None,
+    rounded: Mapping[str, Rounded] = MappingProxyType({}),
     measure: Callable[[Path], Fidelity | None] = lambda _stage: None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -91,7 +93,8 @@ def export_bundle(
     `graph_author.OPERATOR_SETS`); `advance` is told the bytes of tensors written.
 
     With `packing`, the graphs read a file of packed matrices that both share, and the checkpoint is written only where `formats`
-    ask for it; operators of the standard multiply exactly, whatever `packing.activations` says. `measure` gets the staged folder
+    ask for it; operators of the standard multiply exactly, whatever `packing.activations` says. Matrices in `rounded`
+    (see `write_packed`) are packed as they are given there. `measure` gets the staged folder
     once it is verified, and says what packing changed.
     Raises ScheduleError, ModelError, CheckpointError, OutputError.
     """
@@ -118,7 +121,7 @@ def export_bundle(
         if packing is not None:
             if operators == "standard":  # has no product that rounds
                 packing = replace(packing, activations="fp32")
-            quantization = _pack(source, schedule.union, stage, packing, advance=advance)
+            quantization = _pack(source, schedule.union, stage, packing, rounded, advance=advance)
         slim = open_checkpoint(stage, name=folder.name)
         if healed is not None:
             values = ((slim.tensors[name], tensor) for name, tensor in healed.tensors.items())
@@ -172,8 +175,18 @@ def export_bundle(
     return manifest
 
 
-def _pack(source: Checkpoint, kept: Sequence[int], stage: Path, packing: Packing, *, advance: Advance) -> Quantization:
-    errors = write_packed(source, kept, stage / packed_file(packing.precision), packing, advance=advance)
+def _pack(
+    source: Checkpoint,
+    kept: Sequence[int],
+    stage: Path,
+    packing: Packing,
+    rounded: Mapping[str, Rounded],
+    *,
+    advance: Advance,
+) -> Quantization:
+    errors = write_packed(
+        source, kept, stage / packed_file(packing.precision), packing, rounded=rounded, advance=advance
+    )
     return Quantization(
         precision=packing.precision,
         block_size=packing.block_size,
@@ -183,6 +196,7 @@ def _pack(source: Checkpoint, kept: Sequence[int], stage: Path, packing: Packing
         activations=packing.activations,
         average_bits=average_bits(packing.layers, layer_weights(source, kept)),
         weight_error=errors.relative,
+        rounding="gptq" if rounded else "nearest",
     )
 
 

@@ -193,6 +193,7 @@ def _render_quantization(manifest: Manifest) -> str:
     if quantization is None:
         return ""
     second = " in decode, and once more in 8 bits for prefill" if quantization.differs_by_phase else ""
+    rounding = ", rounded by GPTQ on calibration samples" if quantization.rounding == "gptq" else ""
     changed = ""
     if (fidelity := quantization.fidelity) is not None:
         changed = (
@@ -201,8 +202,8 @@ def _render_quantization(manifest: Manifest) -> str:
         )
     return (
         f" The ONNX graphs read {quantization.file} alone: {manifest.graph_weight_bytes:,} bytes, "
-        f"{quantization.average_bits:.3g} bits a weight of the layers{second}, relative error {quantization.weight_error:.2%}."
-        f"{changed}"
+        f"{quantization.average_bits:.3g} bits a weight of the layers{second}{rounding}, "
+        f"relative error {quantization.weight_error:.2%}.{changed}"
     )
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -101,6 +102,18 @@ def average_bits(layers: Sequence[LayerBits], weights: Sequence[LayerBits]) -> f
     return used / sum(counts.attention + counts.mlp for counts in weights)
 
 
+class Rounded(NamedTuple):
+    """What rows become: whole numbers [R, blocks, block size], scales [R, blocks], and zero points [R, blocks] if there are any."""
+
+    numbers: Bytes
+    scales: Floats
+    zero_points: Bytes | None
+
+    def rows(self, start: int, stop: int) -> Rounded:
+        zero_points = None if self.zero_points is None else self.zero_points[start:stop]
+        return Rounded(self.numbers[start:stop], self.scales[start:stop], zero_points)
+
+
 @dataclass(frozen=True)
 class WeightErrors:
     """How far matrices, as decode reads them, are from what they were made of, summed in squares: of each (error, weights)."""
@@ -156,12 +169,14 @@ def write_packed(
     file: Path,
     packing: Packing,
     *,
+    rounded: Mapping[str, Rounded] = MappingProxyType({}),
     advance: Advance = lambda _amount: None,
 ) -> WeightErrors:
     """Write all that the graphs of the layers `kept` (ascending, original numbers) need: packed matrices, the rest in float32.
 
     What one product spans lies side by side: q, k, v, then their scales, then their zero points; where the phases differ, all that
-    decode reads of them before all that prefill does. `advance` is told the bytes of tensors written. Raises CheckpointError
+    decode reads of them before all that prefill does. Matrices in `rounded`, by their names in the new file, are written as they
+    are given; the others are rounded to nearest. `advance` is told the bytes of tensors written. Raises CheckpointError
     where a weight is not finite, naming its tensor.
     """
     entries = list(_list_entries(source, kept, packing))
@@ -189,7 +204,7 @@ def write_packed(
         for entry in entries:
             if entry.source is None:
                 continue
-            job = functools.partial(_write_rows, write, entry, offsets)
+            job = functools.partial(_write_rows, write, entry, offsets, rounded.get(entry.name))
             found = list(threads.map(job, *zip(*_cut_rows(entry.source.shape), strict=True)))
             if entry.blocks is not None and entry.name not in in_rows:
                 squares[entry.name] = (sum(error for error, _ in found), sum(weights for _, weights in found))
@@ -276,6 +291,7 @@ def _write_rows(
     write: Callable[[np.ndarray[Any, Any], int], None],
     entry: _Entry,
     offsets: Mapping[str, int],
+    given: Rounded | None,
     start: int,
     stop: int,
 ) -> tuple[float, float]:
@@ -294,12 +310,12 @@ def _write_rows(
     if entry.blocks is None:
         put(entry.name, weights)
         return 0.0, 0.0
-    numbers, scales, zero_points = quantize_rows(weights, entry.blocks)
-    put(entry.name, pack(numbers.reshape(stop - start, -1), entry.blocks))
-    put(side_name(entry.name, "scales"), scales)
-    if zero_points is not None:
-        put(side_name(entry.name, "zero_points"), pack(zero_points, entry.blocks))
-    error = _restore(numbers, scales, zero_points, entry.blocks)[:, : weights.shape[1]] - weights
+    found = quantize_rows(weights, entry.blocks) if given is None else given.rows(start, stop)
+    put(entry.name, pack(found.numbers.reshape(stop - start, -1), entry.blocks))
+    put(side_name(entry.name, "scales"), found.scales)
+    if found.zero_points is not None:
+        put(side_name(entry.name, "zero_points"), pack(found.zero_points, entry.blocks))
+    error = restore_numbers(found, entry.blocks)[:, : weights.shape[1]] - weights
     return float(np.square(error, dtype=np.float64).sum()), float(np.square(weights, dtype=np.float64).sum())
 
 
@@ -307,22 +323,22 @@ def restore_rows(weights: Floats, blocks: BlockFormat) -> Floats:
     """What packing leaves of a matrix [N, K]: the weights that it would mean, packed."""
     return np.concatenate(
         [
-            _restore(*quantize_rows(weights[start:stop], blocks), blocks)[:, : weights.shape[1]]
+            restore_numbers(quantize_rows(weights[start:stop], blocks), blocks)[:, : weights.shape[1]]
             for start, stop in _cut_rows(weights.shape)
         ]
     )
 
 
-def _restore(numbers: Bytes, scales: Floats, zero_points: Bytes | None, blocks: BlockFormat) -> Floats:
-    """[R, all numbers of all blocks]."""
-    centred = numbers.astype(np.float32)
-    centred -= blocks.middle if zero_points is None else zero_points[:, :, np.newaxis]
-    centred *= scales[:, :, np.newaxis]
-    return centred.reshape(len(numbers), -1)
+def restore_numbers(rounded: Rounded, blocks: BlockFormat) -> Floats:
+    """What rounded rows mean, with the padding of their last blocks: [R, all numbers of all blocks]."""
+    centred = rounded.numbers.astype(np.float32)
+    centred -= blocks.middle if rounded.zero_points is None else rounded.zero_points[:, :, np.newaxis]
+    centred *= rounded.scales[:, :, np.newaxis]
+    return centred.reshape(len(centred), -1)
 
 
-def quantize_rows(weights: Floats, blocks: BlockFormat) -> tuple[Bytes, Floats, Bytes | None]:
-    """Whole numbers [R, blocks, block size], scales [R, blocks] and zero points [R, blocks] of rows [R, K].
+def quantize_rows(weights: Floats, blocks: BlockFormat) -> Rounded:
+    """Rows [R, K], each weight rounded to nearest.
 
     Of the ranges in _RANGES, each block takes the one with the least square error, its scale being the least-squares one for the
     numbers that rounding gave. Without zero points, the weight of largest magnitude goes to the end of the numbers that reaches
@@ -337,7 +353,7 @@ def quantize_rows(weights: Floats, blocks: BlockFormat) -> tuple[Bytes, Floats, 
     values = _divide(values, magnitudes[:, :, np.newaxis])  # so that squares stay within float32, whatever the weights
     low = np.minimum(values.min(-1), 0)
     high = np.maximum(values.max(-1), 0)
-    best = _Rounded.start(values)
+    best = _Nearest.start(values)
     for share in _RANGES:
         if blocks.zero_points:
             scales = (high - low) * np.float32(share / blocks.largest)
@@ -346,11 +362,11 @@ def quantize_rows(weights: Floats, blocks: BlockFormat) -> tuple[Bytes, Floats, 
             scales = np.where(high > -low, high, low) * np.float32(-share / blocks.middle)
             zero_points = np.full_like(scales, blocks.middle)
         best.improve(values, scales, zero_points, blocks)
-    return best.numbers, best.scales * magnitudes, best.zero_points if blocks.zero_points else None
+    return Rounded(best.numbers, best.scales * magnitudes, best.zero_points if blocks.zero_points else None)
 
 
 @dataclass
-class _Rounded:
+class _Nearest:
     """The best way found so far to round each block."""
 
     numbers: Bytes
@@ -359,7 +375,7 @@ class _Rounded:
     errors: Floats
 
     @classmethod
-    def start(cls, values: Floats) -> _Rounded:
+    def start(cls, values: Floats) -> _Nearest:
         shape = values.shape[:-1]
         return cls(
             np.zeros(values.shape, np.uint8),

@@ -35,9 +35,13 @@ if TYPE_CHECKING:
 
 PACKED_PRECISIONS = ("int8", "int4", "mixed", "w8a8", "w8a8-int4")
 """Names on the command line."""
+FOUR_BIT_PRECISIONS = ("int4", "mixed", "w8a8-int4")
+"""Those in which layers may have matrices in 4 bits."""
 PACKED_DTYPE = "NBITS"
 """What stands for a dtype in the record of a packed matrix: nothing that reads floats takes it for one."""
 BITS = (4, 8)
+ROUNDINGS = ("nearest", "gptq")
+"""How matrices in 4 bits may be rounded."""
 BLOCK_SIZES = (32, 128)
 METADATA_KEY = "voidprune.packed"
 

@@ -17,9 +17,8 @@ from voidprune.models.packed import multiplies_rows
 from voidprune.models.pretrained import check_quantized_runs
 from voidprune.models.tensors import fetch_tensors, missing_bytes
 from voidprune.pipeline.models import default_provider
-from voidprune.pipeline.precision import PackingRequest, choose_packing, measure_fidelity
+from voidprune.pipeline.precision import ChosenPacking, PackingRequest, choose_packing, measure_fidelity
 from voidprune.pipeline.progress import Track, untracked
-from voidprune.profiling.calibration import Sample
 from voidprune.quality.parity import count_passes, verify_bundle
 from voidprune.schedule import Phase, Schedule
 
@@ -82,15 +81,13 @@ def export_model(
     if missing := missing_bytes(needed):
         with track("fetching", missing, "bytes") as advance:
             fetch_tensors(needed, advance=advance)
-    chosen, samples = None, list[Sample]()
-    if isinstance(packing, Packing):
-        chosen = packing
-    elif packing is not None:
-        chosen, samples = choose_packing(packing, checkpoint, schedule, track=track)
+    chosen = ChosenPacking(packing) if isinstance(packing, Packing) else None
+    if isinstance(packing, PackingRequest):
+        chosen = choose_packing(packing, checkpoint, schedule, track=track)
     with ExitStack() as copying:
         total = 0
         if chosen is not None:
-            total += packed_bytes(checkpoint, schedule.union, chosen)
+            total += packed_bytes(checkpoint, schedule.union, chosen.packing)
         if chosen is None or "hf" in formats:
             total += slim_bytes(checkpoint, schedule.union, precision=precision)
         advance = copying.enter_context(track("copying", total, "bytes"))
@@ -121,9 +118,10 @@ def export_model(
             layout=layout,
             precision=precision,
             operators=operators,
-            packing=chosen,
+            packing=None if chosen is None else chosen.packing,
+            rounded={} if chosen is None else chosen.rounded,
             measure=lambda stage: measure_fidelity(
-                checkpoint, schedule, stage, samples, provider=provider, track=track
+                checkpoint, schedule, stage, () if chosen is None else chosen.samples, provider=provider, track=track
             ),
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +19,17 @@ from voidprune.execution.session import BundleSession
 from voidprune.export.quantize import (
     LayerBits,
     Packing,
+    Rounded,
     average_bits,
     layer_weights,
     packed_record_bytes,
     restore_rows,
     uniform_packing,
 )
+from voidprune.healing.rounding import round_layers
+from voidprune.healing.training_data import hold_out
 from voidprune.models.checkpoint import Checkpoint, stored_bytes
-from voidprune.models.packed import BITS, BlockFormat
+from voidprune.models.packed import BITS, FOUR_BIT_PRECISIONS, BlockFormat
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
 from voidprune.models.sizes import ModelSizes, measure_sizes
 from voidprune.models.tensors import TensorRecord
@@ -39,21 +42,30 @@ from voidprune.quality.parity import HEADROOM, free_memory
 from voidprune.schedule import Phase, Schedule
 
 FEW, MANY = BITS
+_HELD_OUT = 0.25
+"""Share of the samples that no matrix is rounded on, to measure what rounding changed."""
 
 
 @dataclass(frozen=True)
 class PackingRequest:
-    """What is asked of packed matrices. `average_bits` is of the layers' matrices, for the precision "mixed"."""
+    """What is asked of packed matrices. `average_bits` is of the layers' matrices, for the precision "mixed"; `rounding` is one of
+    ROUNDINGS, and "gptq" is for matrices in 4 bits."""
 
     precision: str
     block_size: int = 32
     zero_points: bool = False
     activations: str = "int8"
     average_bits: float = 5.0
+    rounding: str = "nearest"
     calibrated: Calibrated = field(default_factory=Calibrated)
 
     def __post_init__(self) -> None:
-        """Raises BudgetError."""
+        """Raises BudgetError, ModelError."""
+        if self.rounding == "gptq" and self.precision not in FOUR_BIT_PRECISIONS:
+            raise ModelError(
+                f"{self.precision} has no matrices in 4 bits, and in 8 there is nothing for GPTQ to win back",
+                hint="leave --rounding out",
+            )
         if not FEW <= self.average_bits <= MANY:
             raise BudgetError(f"an average of {self.average_bits:g} bits is not between {FEW} and {MANY}")
 
@@ -72,7 +84,7 @@ def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> Mod
     mixed = request.precision == "mixed"
     share = (request.average_bits - FEW) / (MANY - FEW) if mixed else 0.0
     few, many = (
-        replace(request, precision=precision).uniform(checkpoint.architecture.num_layers)
+        replace(request, precision=precision, rounding="nearest").uniform(checkpoint.architecture.num_layers)
         for precision in (("int4", "int8") if mixed else (request.precision,) * 2)
     )
 
@@ -87,43 +99,62 @@ def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> Mod
     )
 
 
+@dataclass(frozen=True, eq=False)
+class ChosenPacking:
+    """`packing` of a model's kept layers, and what `rounded` says of single matrices (see `write_packed`).
+
+    `samples` are to measure by, none where the model cannot run here; no matrix was rounded on them.
+    """
+
+    packing: Packing
+    samples: Sequence[Sample] = ()
+    rounded: Mapping[str, Rounded] = field(default_factory=dict)
+
+
 def choose_packing(
     request: PackingRequest,
     checkpoint: Checkpoint,
     schedule: Schedule,
     *,
     track: Track = untracked,
-) -> tuple[Packing, list[Sample]]:
-    """Bits of every layer that is kept, and the samples to measure by: none where the model cannot run here.
+) -> ChosenPacking:
+    """Bits of every layer that is kept, and how matrices are rounded where that takes calibration.
 
     For "mixed", sublayers whose packing into 4 bits changes predictions most, for their size, get 8. Raises ModelError where
-    that cannot be measured, DatasetError.
+    that, or GPTQ, cannot be measured; DatasetError, HealingError.
     """
-    mixed = request.precision == "mixed"
+    mixed, calibrates = request.precision == "mixed", request.rounding == "gptq"
     uniform = None if mixed else request.uniform(len(schedule.union))
     if problem := _cannot_run(checkpoint):
-        if uniform is None:
-            raise ModelError(
-                f"{checkpoint.name} cannot run here, so nothing says which layers need 8 bits: {problem}",
-                hint="choose --precision int8 or int4",
+        if uniform is None or calibrates:
+            unknown, hint = (
+                ("which layers need 8 bits", "choose --precision int8 or int4")
+                if mixed
+                else ("how to round its matrices", "leave --rounding out")
             )
-        return uniform, []
+            raise ModelError(f"{checkpoint.name} cannot run here, so nothing says {unknown}: {problem}", hint=hint)
+        return ChosenPacking(uniform)
     model = load_model(checkpoint.folder, device=default_device())
-    samples = prepare_samples(checkpoint, model, request.calibrated, track)
-    if uniform is not None:
-        return uniform, samples
-    blocks = BlockFormat(bits=FEW, block_size=request.block_size, zero_points=request.zero_points)
-    harm = measure_harm(checkpoint, model, schedule, samples, blocks=blocks, track=track)
-    layers = allocate_bits(harm, layer_weights(checkpoint, schedule.union), average=request.average_bits)
-    packing = Packing(
-        "mixed",
-        layers,
-        MANY,
-        block_size=request.block_size,
-        zero_points=request.zero_points,
-        activations=request.activations,
-    )
-    return packing, samples
+    choosing = judging = prepare_samples(checkpoint, model, request.calibrated, track)
+    if calibrates:
+        choosing, judging = hold_out(choosing, share=_HELD_OUT)
+    packing = uniform
+    if packing is None:
+        blocks = BlockFormat(bits=FEW, block_size=request.block_size, zero_points=request.zero_points)
+        harm = measure_harm(checkpoint, model, schedule, choosing, blocks=blocks, track=track)
+        packing = Packing(
+            "mixed",
+            allocate_bits(harm, layer_weights(checkpoint, schedule.union), average=request.average_bits),
+            MANY,
+            block_size=request.block_size,
+            zero_points=request.zero_points,
+            activations=request.activations,
+        )
+    if not calibrates:
+        return ChosenPacking(packing, judging)
+    with track("rounding", len(schedule.union), "layers") as advance:
+        rounded = round_layers(model, checkpoint, schedule, choosing, packing, advance=advance)
+    return ChosenPacking(packing, judging, rounded)
 
 
 def _cannot_run(checkpoint: Checkpoint) -> str | None:

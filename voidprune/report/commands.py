@@ -60,6 +60,7 @@ def export_options(manifest: Manifest) -> str:
     if (packed := manifest.quantization) is not None:
         found += ["--block-size", str(packed.block_size), "--activations", packed.activations]
         found += ["--zero-points"] if packed.zero_points else []
+        found += ["--rounding", packed.rounding] if packed.rounding != "nearest" else []
         found += ["--bits", f"{packed.average_bits:.3g}"] if packed.precision == "mixed" else []
     return shlex.join(found)
 
