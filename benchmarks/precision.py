@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from voidprune.execution.session import BundleSession
-from voidprune.export.bundle import export_bundle
+from voidprune.export.bundle import RoundedOn, export_bundle
 from voidprune.export.quantize import Packing, layer_weights, uniform_packing
 from voidprune.healing.rounding import round_layers
 from voidprune.models.checkpoint import Checkpoint
@@ -128,9 +128,10 @@ def measure_packing(
     calibration: Sequence[Sample] = (),
 ) -> str:
     """A line of the table. With `calibration`, matrices in 4 bits are rounded on it."""
-    rounded = {}
+    rounded = None
     if calibration:
-        rounded = round_layers(load_model(checkpoint.folder), checkpoint, schedule, calibration, packing)
+        model = load_model(checkpoint.folder)
+        rounded = RoundedOn(round_layers(model, checkpoint, schedule, calibration, packing), prompts=())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "packed"
         manifest = export_bundle(

@@ -37,7 +37,7 @@ def test_items_that_were_trained_on_are_refused() -> None:
     check_disjoint(trained, [(0, 2), (1,)], what="other.jsonl")
     with pytest.raises(HealingError, match=r"2 of the 3 prompts of items\.jsonl were trained on") as caught:
         check_disjoint(trained, [(0, 1), (7, 7), (199, 200)], what="items.jsonl")
-    assert caught.value.hint == "evaluate on other items, or heal with others"
+    assert caught.value.hint == "evaluate on other items, or heal and round with others"
 
 
 def test_side_of_a_prompt_is_a_matter_of_the_prompt_alone() -> None:

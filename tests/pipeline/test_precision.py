@@ -16,15 +16,18 @@ from hypothesis import strategies as st
 from tests.conftest import GetModel
 from tests.test_cli import expect_error, invoke
 from tests.tiny_models import TinyModel
-from voidprune.errors import BudgetError, ModelError
+from voidprune.errors import BudgetError, HealingError, ModelError
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.reference import scheduled
 from voidprune.export.quantize import LayerBits, average_bits, packed_bytes, restore_rows
+from voidprune.healing.training_data import prompt_hash
+from voidprune.models.checkpoint import open_checkpoint
 from voidprune.models.packed import BlockFormat
 from voidprune.models.pretrained import load_model
 from voidprune.pipeline import export as pipeline_export
 from voidprune.pipeline import precision
 from voidprune.pipeline.benchmark import benchmark_bundle
+from voidprune.pipeline.evaluation import check_never_fitted_to
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.models import open_model
 from voidprune.pipeline.precision import PackingRequest, allocate_bits, measure_harm, measure_packed_sizes
@@ -212,12 +215,19 @@ def test_rounding_on_samples_is_written_measured_on_others_and_told(
         assert manifest.quantization.rounding == rounding
         assert manifest.quantization.fidelity is not None
         assert ("rounded by GPTQ" in result.stdout) is (rounding == "gptq")
-        assert ("rounded by GPTQ on calibration samples" in (folder / "README.md").read_text()) is (rounding == "gptq")
+        card = (folder / "README.md").read_text()
+        assert (f"rounded by GPTQ on {len(manifest.quantization.prompts)} prompts" in card) is (rounding == "gptq")
+        assert Manifest.from_document(manifest.to_document(), place="here") == manifest
         found[rounding] = manifest
         if rounding == "gptq":
             rounded_on, measured_on = ({sample.prompt for sample in samples} for samples in seen.values())
             assert len(rounded_on) > 2 * len(measured_on) > 0
             assert not rounded_on & measured_on
+            assert manifest.quantization.prompts == tuple(sorted(map(prompt_hash, rounded_on)))
+            bundle = open_checkpoint(folder)
+            check_never_fitted_to(bundle, seen["measure_fidelity"], dataset="others")
+            with pytest.raises(HealingError, match="when this model was healed or rounded"):
+                check_never_fitted_to(bundle, seen["round_layers"][:1], dataset="the same")
     nearest, gptq = (one.quantization for one in found.values())
     assert nearest is not None
     assert gptq is not None

@@ -98,7 +98,8 @@ class Quantization:
     those of decode; prefill's are rows of 8 bits.
     `weight_error`: root of the mean square error of all matrices over that of their weights; `average_bits`: of a weight of the
     layers' matrices, scales and zero points not counted. `rounding`: of the layers' matrices in 4 bits, "nearest" or "gptq"; the
-    others, embedding and head are rounded to nearest. Older files do not say it.
+    others, embedding and head are rounded to nearest. `prompts`: hashes of those that matrices were rounded on (see
+    `healing.training_data.prompt_hash`): what weights were fitted to, they may not be evaluated on. Older files have neither.
     """
 
     precision: str
@@ -111,6 +112,7 @@ class Quantization:
     weight_error: float
     fidelity: Fidelity | None = None
     rounding: str = "nearest"
+    prompts: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
@@ -135,6 +137,7 @@ class Quantization:
             ("layer_bits", all(number in BITS for number in bits) and all(len(pair) == 2 for pair in self.layer_bits)),
             ("activations", self.activations in ACTIVATIONS),
             ("rounding", self.rounding in ROUNDINGS),
+            ("prompts", all(type(prompt) is str for prompt in self.prompts)),
             ("average_bits", type(self.average_bits) in (int, float)),
             ("weight_error", type(self.weight_error) in (int, float)),
         ):
@@ -148,6 +151,7 @@ class Quantization:
             **document,
             "layer_bits": tuple(map(tuple, document["layer_bits"])),
             "fidelity": None if fidelity is None else Fidelity(**fidelity),
+            "prompts": tuple(document.get("prompts", ())),
         }
         return cls(**values)
 

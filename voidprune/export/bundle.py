@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import voidprune
@@ -63,6 +62,14 @@ class Healed:
     record: Healing
 
 
+@dataclass(frozen=True, eq=False)
+class RoundedOn:
+    """Matrices that were rounded on calibration samples (see `write_packed`), and the hashes of the prompts of these."""
+
+    matrices: Mapping[str, Rounded]
+    prompts: tuple[str, ...]
+
+
 def export_bundle(
     source: Checkpoint,
     schedule: Schedule,
@@ -74,7 +81,7 @@ def export_bundle(
     precision: str = "keep",
     operators: str = "ort",
     packing: Packing | None = None,
-    rounded: Mapping[str, Rounded] = MappingProxyType({}),
+    rounded: RoundedOn | None = None,
     measure: Callable[[Path], Fidelity | None] = lambda _stage: None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -180,12 +187,17 @@ def _pack(
     kept: Sequence[int],
     stage: Path,
     packing: Packing,
-    rounded: Mapping[str, Rounded],
+    rounded: RoundedOn | None,
     *,
     advance: Advance,
 ) -> Quantization:
     errors = write_packed(
-        source, kept, stage / packed_file(packing.precision), packing, rounded=rounded, advance=advance
+        source,
+        kept,
+        stage / packed_file(packing.precision),
+        packing,
+        rounded={} if rounded is None else rounded.matrices,
+        advance=advance,
     )
     return Quantization(
         precision=packing.precision,
@@ -196,7 +208,8 @@ def _pack(
         activations=packing.activations,
         average_bits=average_bits(packing.layers, layer_weights(source, kept)),
         weight_error=errors.relative,
-        rounding="gptq" if rounded else "nearest",
+        rounding="nearest" if rounded is None else "gptq",
+        prompts=() if rounded is None else rounded.prompts,
     )
 
 

@@ -193,7 +193,9 @@ def _render_quantization(manifest: Manifest) -> str:
     if quantization is None:
         return ""
     second = " in decode, and once more in 8 bits for prefill" if quantization.differs_by_phase else ""
-    rounding = ", rounded by GPTQ on calibration samples" if quantization.rounding == "gptq" else ""
+    rounding = ""
+    if quantization.rounding == "gptq":
+        rounding = f", rounded by GPTQ on {len(quantization.prompts)} prompts (which voidprune eval refuses)"
     changed = ""
     if (fidelity := quantization.fidelity) is not None:
         changed = (

@@ -33,8 +33,8 @@ def check_disjoint(trained: Collection[str], prompts: Sequence[Sequence[int]], *
     both = sum(prompt_hash(prompt) in trained for prompt in prompts)
     if both:
         raise HealingError(
-            f"{both} of the {len(prompts)} prompts of {what} were trained on when this model was healed",
-            hint="evaluate on other items, or heal with others",
+            f"{both} of the {len(prompts)} prompts of {what} were trained on when this model was healed or rounded",
+            hint="evaluate on other items, or heal and round with others",
         )
 
 

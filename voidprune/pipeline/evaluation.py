@@ -138,7 +138,7 @@ def evaluate_checkpoint(
         max_length=checkpoint.architecture.context_length,
         max_new_tokens=max_new_tokens,
     )
-    check_never_healed_with(checkpoint, samples, dataset=dataset)
+    check_never_fitted_to(checkpoint, samples, dataset=dataset)
     runners, judged_schedule = open_runners(checkpoint, schedule=schedule, baseline=baseline, provider=provider)
     results: dict[str, Evaluation] = {}
     for label, opened in runners.items():
@@ -176,17 +176,21 @@ def evaluate_checkpoint(
     )
 
 
-def check_never_healed_with(checkpoint: Checkpoint, samples: Sequence[Sample], *, dataset: str) -> None:
-    """Raise HealingError where a bundle was healed with items that it is to be evaluated on."""
-    trained = healed_prompts(checkpoint)
+def check_never_fitted_to(checkpoint: Checkpoint, samples: Sequence[Sample], *, dataset: str) -> None:
+    """Raise HealingError where weights of a bundle were healed with, or rounded on, items that it is to be evaluated on."""
+    trained = fitted_prompts(checkpoint)
     if trained is not None:
         check_disjoint(trained, [sample.prompt for sample in samples], what=dataset)
 
 
-def healed_prompts(checkpoint: Checkpoint) -> frozenset[str] | None:
-    """Hashes of the prompts that a bundle was healed with: see `training_data.prompt_hash`. None where it was not healed."""
-    healing = read_manifest(checkpoint.folder).healing if is_bundle(checkpoint.folder) else None
-    return None if healing is None else frozenset(healing.prompts)
+def fitted_prompts(checkpoint: Checkpoint) -> frozenset[str] | None:
+    """Hashes of the prompts that a bundle was healed with, or its matrices were rounded on: see `training_data.prompt_hash`. None
+    where it was neither."""
+    if not is_bundle(checkpoint.folder):
+        return None
+    manifest = read_manifest(checkpoint.folder)
+    found = [part.prompts for part in (manifest.healing, manifest.quantization) if part is not None and part.prompts]
+    return frozenset().union(*found) if found else None
 
 
 def open_runners(

@@ -119,7 +119,7 @@ def export_model(
             precision=precision,
             operators=operators,
             packing=None if chosen is None else chosen.packing,
-            rounded={} if chosen is None else chosen.rounded,
+            rounded=None if chosen is None else chosen.rounded,
             measure=lambda stage: measure_fidelity(
                 checkpoint, schedule, stage, () if chosen is None else chosen.samples, provider=provider, track=track
             ),

@@ -15,7 +15,7 @@ from voidprune import artifacts
 from voidprune.errors import DatasetError, MissingExtraError
 from voidprune.healing.training_data import check_disjoint
 from voidprune.models.pretrained import end_tokens, load_tokenizer
-from voidprune.pipeline.evaluation import WHOLE, healed_prompts, open_runners
+from voidprune.pipeline.evaluation import WHOLE, fitted_prompts, open_runners
 from voidprune.pipeline.models import open_model, whole_identity
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.quality.statistics import (
@@ -178,7 +178,7 @@ def run_harness(
     runners, judged_schedule = open_runners(
         checkpoint, schedule=schedule, baseline=None if baseline is None else open_model(baseline), provider=provider
     )
-    trained, compared = healed_prompts(checkpoint), set[tuple[int, ...]]()
+    trained, compared = fitted_prompts(checkpoint), set[tuple[int, ...]]()
 
     def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
         if trained is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from voidprune.errors import BudgetError, DatasetError, ModelError
 from voidprune.execution.manifest import Fidelity
 from voidprune.execution.reference import ScheduledModel, decoder_layers, scheduled
 from voidprune.execution.session import BundleSession
+from voidprune.export.bundle import RoundedOn
 from voidprune.export.quantize import (
     LayerBits,
     Packing,
-    Rounded,
     average_bits,
     layer_weights,
     packed_record_bytes,
@@ -27,7 +27,7 @@ from voidprune.export.quantize import (
     uniform_packing,
 )
 from voidprune.healing.rounding import round_layers
-from voidprune.healing.training_data import hold_out
+from voidprune.healing.training_data import hold_out, prompt_hash
 from voidprune.models.checkpoint import Checkpoint, stored_bytes
 from voidprune.models.packed import BITS, FOUR_BIT_PRECISIONS, BlockFormat
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
@@ -101,14 +101,14 @@ def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> Mod
 
 @dataclass(frozen=True, eq=False)
 class ChosenPacking:
-    """`packing` of a model's kept layers, and what `rounded` says of single matrices (see `write_packed`).
+    """`packing` of a model's kept layers, and the matrices that were rounded on samples, if that was asked for.
 
-    `samples` are to measure by, none where the model cannot run here; no matrix was rounded on them.
+    `samples` are to measure by, none where the model cannot run here; no matrix was rounded on their prompts.
     """
 
     packing: Packing
     samples: Sequence[Sample] = ()
-    rounded: Mapping[str, Rounded] = field(default_factory=dict)
+    rounded: RoundedOn | None = None
 
 
 def choose_packing(
@@ -153,8 +153,9 @@ def choose_packing(
     if not calibrates:
         return ChosenPacking(packing, judging)
     with track("rounding", len(schedule.union), "layers") as advance:
-        rounded = round_layers(model, checkpoint, schedule, choosing, packing, advance=advance)
-    return ChosenPacking(packing, judging, rounded)
+        matrices = round_layers(model, checkpoint, schedule, choosing, packing, advance=advance)
+    prompts = tuple(sorted({prompt_hash(sample.prompt) for sample in choosing}))
+    return ChosenPacking(packing, judging, RoundedOn(matrices, prompts))
 
 
 def _cannot_run(checkpoint: Checkpoint) -> str | None:
