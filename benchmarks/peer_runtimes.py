@@ -88,7 +88,7 @@ class Genai:
     def prepare(cls, source: Path, target: Path) -> None:
         options = ["prune_lm_head=true"]
         if cls.precision == "int4":
-            options += [f"int4_block_size={cls.block_size}", "int4_accuracy_level=4"]
+            options += [f"block_size={cls.block_size}", "accuracy_level=4"]
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", target]
         command += ["-p", cls.precision, "-e", "cpu", "-c", target.parent / "cache", "--extra_options", *options]
         subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
