@@ -15,7 +15,7 @@ from voidprune.pipeline.compression import compression_steps
 from voidprune.pipeline.steps import preview_steps, run_steps
 from voidprune.planning.budgets import Budget
 from voidprune.recipe import CompressionRecipe
-from voidprune.recipe.compression import BenchPart, DataPart, EvaluationPart, HealPart, PlanPart
+from voidprune.recipe.compression import BenchPart, DataPart, EvaluationPart, ExportPart, HealPart, PlanPart
 from voidprune.schedule import read_schedule
 
 RECIPE = CompressionRecipe(
@@ -85,12 +85,22 @@ def test_what_a_change_reaches(folder: Path) -> None:
 
 
 def test_graphs_of_a_recipe_may_have_packed_matrices(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, heal=None, export=replace(RECIPE.export, precision="int4"))
+    packed = ExportPart(precision="int4", block_size=128, zero_points=True, rounding="gptq")
+    recipe = replace(RECIPE, heal=None, export=packed, data=replace(RECIPE.data, num_samples=12))
     assert run(recipe, tmp_path / "out") == [step for step in ALL if step != "heal"]
     quantization = read_manifest(tmp_path / "out" / "pruned").quantization
     assert quantization is not None
-    assert quantization.precision == "int4"
+    assert (quantization.precision, quantization.block_size, quantization.zero_points) == ("int4", 128, True)
+    assert quantization.rounding == "gptq"
     assert quantization.fidelity is not None
+    # Rounded on the samples, it is made again when they change, even if the schedule does not.
+    for export, depends in ((packed, True), (RECIPE.export, False)):
+        one, other = (
+            compression_steps(replace(recipe, export=export, data=data), tmp_path / "out", write_report=write)
+            for data in (recipe.data, RECIPE.data)
+        )
+        settings = [next(step.settings for step in steps if step.name == "export") for steps in (one, other)]
+        assert (settings[0] != settings[1]) is depends
 
 
 def test_packed_graphs_that_cannot_be_are_refused_before_a_step_has_run(tmp_path: Path) -> None:

@@ -53,7 +53,14 @@ def test_every_key_is_read() -> None:
         },
         heal={"methods": ["linear", "distill"], "dataset": "demo", "num_samples": 99, "distill": {"steps": 5}},
         evaluate={"tasks": "i.jsonl", "num_items": 4, "max_new_tokens": 8, "min_score": 0.5, "max_ppl_ratio": 1.5},
-        export={"formats": ["hf"], "precision": "fp16", "operators": "standard"},
+        export={
+            "formats": ["onnx"],
+            "precision": "int4",
+            "operators": "standard",
+            "block_size": 128,
+            "zero_points": True,
+            "rounding": "gptq",
+        },
         bench={"prompt_length": 5, "num_new_tokens": 6, "num_rounds": 7},
     )
     budget = Budget(
@@ -84,7 +91,7 @@ def test_every_key_is_read() -> None:
         ),
         heal=HealPart(("linear", "distill"), "demo", 99, {"steps": 5}),
         evaluation=EvaluationPart("/data/i.jsonl", 4, 8, 0.5, 1.5),
-        export=ExportPart(("hf",), "fp16", "standard"),
+        export=ExportPart(("onnx",), "int4", "standard", 128, True, "gptq"),
         bench=BenchPart(5, 6, 7),
     )
 
@@ -112,6 +119,9 @@ def test_a_benchmark_can_be_left_out() -> None:
         ({"evaluate": {"max_ppl_ratio": 0.5}}, "max_ppl_ratio is not a number from 1 up"),
         ({"dtype": "fp8"}, "dtype is 'fp8'"),
         ({"export": {"precision": "int3"}}, "export: precision is 'int3'"),
+        ({"export": {"precision": "int4", "block_size": 64}}, "export: block_size is 64"),
+        ({"export": {"precision": "int4", "rounding": "up"}}, "export: rounding is 'up'"),
+        ({"export": {"precision": "fp16", "rounding": "gptq"}}, "rounding are of packed matrices, and fp16 has none"),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:

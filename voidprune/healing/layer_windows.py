@@ -9,18 +9,44 @@ Shapes: B rows, T tokens, H width of the stream, F features of a projection.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from voidprune.execution.reference import ScheduledModel, decoder_layers
+from voidprune.execution.reference import ScheduledModel, decode_mask, decoder_layers
 from voidprune.healing.readers import Branch, Part
 from voidprune.models.architecture import FamilySpec
 from voidprune.models.families import find_family
-from voidprune.profiling.tracing import PaddedBatch
+from voidprune.profiling.calibration import Sample
+from voidprune.profiling.tracing import PaddedBatch, batch_by_length, pad_sequences
+from voidprune.schedule import Boundary, Phase
+
+
+@dataclass(frozen=True, eq=False)
+class PhasedBatch:
+    """Padded sequences, and which of their tokens run the decode schedule."""
+
+    padded: PaddedBatch
+    is_decode_BT: Tensor
+
+    def counted_BT(self, phases: Collection[Phase]) -> Tensor:  # noqa: N802  the shape of what it gives
+        """The tokens of some phases that are no padding."""
+        in_phases_BT = (self.is_decode_BT & (Phase.DECODE in phases)) | (~self.is_decode_BT & (Phase.PREFILL in phases))
+        return in_phases_BT & self.padded.attention_mask_BT.bool()
+
+
+def phased_batches(samples: Sequence[Sample], boundary: Boundary, *, batch_size: int) -> Iterator[PhasedBatch]:
+    """All samples, those of similar length together."""
+    lengths = [len(sample.prompt) + len(sample.response or ()) for sample in samples]
+    for indices in batch_by_length(lengths, batch_size):
+        padded = pad_sequences([samples[index] for index in indices])
+        width = padded.input_ids_BT.shape[1]
+        masks = [decode_mask(len(samples[index].prompt), width, boundary) for index in indices]
+        yield PhasedBatch(padded, torch.tensor(masks))
 
 
 @dataclass
@@ -33,8 +59,7 @@ class Seen:
 
 def run_window(
     running: ScheduledModel,
-    batch: PaddedBatch,
-    is_decode_BT: Tensor,
+    batch: PhasedBatch,
     *,
     first: int,
     last: int,
@@ -50,7 +75,10 @@ def run_window(
     seen = Seen()
     with _window(running, seen, first=first, last=last, entry_BTH=entry_BTH, points=points, features_of=features_of):
         running.forward(
-            batch.input_ids_BT, is_decode_BT=is_decode_BT, attention_mask_BS=batch.attention_mask_BT, last_only=True
+            batch.padded.input_ids_BT,
+            is_decode_BT=batch.is_decode_BT,
+            attention_mask_BS=batch.padded.attention_mask_BT,
+            last_only=True,
         )
     return seen
 

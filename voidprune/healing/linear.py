@@ -30,14 +30,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from voidprune.errors import HealingError, ModelError
-from voidprune.execution.reference import ScheduledModel, decode_mask, decoder_layers, scheduled
-from voidprune.healing.layer_windows import branch_factor, output_projection, run_window
+from voidprune.execution.reference import ScheduledModel, decoder_layers, scheduled
+from voidprune.healing.layer_windows import (
+    PhasedBatch,
+    branch_factor,
+    output_projection,
+    phased_batches,
+    run_window,
+)
 from voidprune.healing.least_squares import RIDGES, NormalEquations, fit_weights
 from voidprune.healing.readers import Branch, Part, next_reads, read_gap
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.families import find_family
 from voidprune.profiling.calibration import Sample
-from voidprune.profiling.tracing import PaddedBatch, batch_by_length, pad_sequences
 from voidprune.schedule import LayerAction, Phase, Schedule, full_schedule
 
 _ROUNDING = 2
@@ -117,16 +122,10 @@ def fit_projections(
 class _Streams:
     """A batch, and the streams of teacher and student where the walk stands: [B, T, H], None before layer 0."""
 
-    batch: PaddedBatch
-    is_decode_BT: Tensor
+    batch: PhasedBatch
     is_held_out: bool
     teacher_BTH: Tensor | None = None
     student_BTH: Tensor | None = None
-
-    def counted_BT(self, phase: Phase) -> Tensor:  # noqa: N802  the shape of what it gives
-        """The tokens of a phase that are no padding."""
-        is_token_BT = self.batch.attention_mask_BT.bool()
-        return is_token_BT & (self.is_decode_BT if phase is Phase.DECODE else ~self.is_decode_BT)
 
 
 class _Walk:
@@ -151,11 +150,9 @@ class _Walk:
         self._has_gap = False  # whether the student's stream may differ from the teacher's
         self._original: dict[Part, Tensor] = {}
         self._streams = [
-            _open_streams([samples[index] for index in batch], schedule, is_held_out=samples is held_out)
+            _Streams(batch, is_held_out=samples is held_out)
             for samples in (fitting, held_out)
-            for batch in batch_by_length(
-                [len(sample.prompt) + len(sample.response or ()) for sample in samples], batch_size
-            )
+            for batch in phased_batches(samples, schedule.boundary, batch_size=batch_size)
         ]
 
     def fit(self, branch: Branch) -> None:
@@ -218,7 +215,6 @@ class _Walk:
             seen = run_window(
                 running,
                 streams.batch,
-                streams.is_decode_BT,
                 first=branch.layer,
                 last=branch.layer + 1,
                 entry_BTH=streams.student_BTH,
@@ -229,7 +225,7 @@ class _Walk:
         projection = output_projection(self.layers[branch.layer], self.spec, branch.part)
         factor = branch_factor(self.layers[branch.layer], self.spec)
         for phase, point in targets.items():
-            counted_BT = streams.counted_BT(phase).to(sums.device)
+            counted_BT = streams.batch.counted_BT({phase}).to(sums.device)
             target_NH, before_NH, features_NF = (
                 found_BTX.to(sums.device)[counted_BT].double()
                 for found_BTX in (wanted[point], seen.points_BTH[branch.reads], seen.features_BTF)
@@ -246,7 +242,6 @@ class _Walk:
         seen = run_window(
             running,
             streams.batch,
-            streams.is_decode_BT,
             first=layer,
             last=(max(points) + 1) // 2,
             entry_BTH=entry_BTH,
@@ -268,16 +263,6 @@ class _Walk:
         finally:
             for part, weights_FH in fitted.items():
                 _write_weights(output_projection(self.layers[layer], self.spec, part), weights_FH)
-
-
-def _open_streams(samples: Sequence[Sample], schedule: Schedule, *, is_held_out: bool) -> _Streams:
-    batch = pad_sequences(samples)
-    width = batch.input_ids_BT.shape[1]
-    return _Streams(
-        batch=batch,
-        is_decode_BT=torch.tensor([decode_mask(len(sample.prompt), width, schedule.boundary) for sample in samples]),
-        is_held_out=is_held_out,
-    )
 
 
 def _read_weights(projection: nn.Linear) -> Tensor:

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from voidprune.errors import ModelError
-from voidprune.execution.reference import decode_mask, decoder_layers, scheduled
+from voidprune.execution.reference import decoder_layers, scheduled
 from voidprune.export.quantize import Packing, Rounded, matrix_format, quantize_rows, restore_numbers
-from voidprune.healing.layer_windows import run_window
+from voidprune.healing.layer_windows import PhasedBatch, phased_batches, run_window
+from voidprune.models.architecture import TensorNames
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.packed import BITS, BlockFormat
 from voidprune.profiling.calibration import Sample
-from voidprune.profiling.tracing import PaddedBatch, batch_by_length, pad_sequences
-from voidprune.schedule import Phase, Schedule
+from voidprune.schedule import LayerAction, Phase, Schedule
 
 _DAMPING = 0.01
 """What is added to the sum of squares of every input, as a share of their mean: as the paper does, against too little data."""
@@ -56,16 +56,13 @@ def round_layers(
     ModelError where streams overflow.
     """
     layers = decoder_layers(model, checkpoint.architecture.spec.modules)
-    lengths = [len(sample.prompt) + len(sample.response or ()) for sample in samples]
-    streams = [
-        _open_stream([samples[index] for index in batch], schedule) for batch in batch_by_length(lengths, batch_size)
-    ]
+    streams = [_Stream(batch) for batch in phased_batches(samples, schedule.boundary, batch_size=batch_size)]
     found: dict[str, Rounded] = {}
     for place, layer in enumerate(schedule.union):
         matrices = list(_find_matrices(checkpoint, schedule, packing, layers[layer], layer=layer, place=place))
         grams: dict[_Together, Tensor] = {}
         for stream in streams:
-            with _watching(matrices, stream, grams):
+            with _watching(matrices, stream.batch, grams):
                 _run_layer(model, schedule, stream, layer)
         for together, gram_KK in grams.items():
             if not torch.isfinite(gram_KK).all():
@@ -107,20 +104,20 @@ def _find_matrices(
         blocks = matrix_format(checkpoint, name, packing, Phase.DECODE)
         if not isinstance(linear, nn.Linear) or blocks is None or blocks.bits != min(BITS):
             continue
-        actions = {phase: schedule.actions(phase)[layer] for phase in Phase}
         phases = frozenset(
             phase
-            for phase, action in actions.items()
-            if matrix_format(checkpoint, name, packing, phase) == blocks
-            and (
-                action.runs_mlp
-                if path in names.mlp_matrices
-                else action.attends
-                if path == names.output
-                else action.writes_kv
-            )
+            for phase in Phase
+            if _multiplies(schedule.actions(phase)[layer], path, names)
+            and matrix_format(checkpoint, name, packing, phase) == blocks
         )
         yield _Matrix(name, linear, blocks, phases)
+
+
+def _multiplies(action: LayerAction, path: str, names: TensorNames) -> bool:
+    """Whether what a layer makes of a token with this matrix is used."""
+    if path in names.mlp_matrices:
+        return action.runs_mlp
+    return action.attends if path == names.output else action.writes_kv
 
 
 # ---- what matrices are given
@@ -130,21 +127,8 @@ def _find_matrices(
 class _Stream:
     """A batch, and the residual stream where the walk stands: [B, T, H], None before the first kept layer."""
 
-    batch: PaddedBatch
-    is_decode_BT: Tensor
+    batch: PhasedBatch
     states_BTH: Tensor | None = None
-
-    def counted_BT(self, phases: frozenset[Phase]) -> Tensor:  # noqa: N802  the shape of what it gives
-        """The tokens of some phases that are no padding."""
-        is_read_BT = (self.is_decode_BT & (Phase.DECODE in phases)) | (~self.is_decode_BT & (Phase.PREFILL in phases))
-        return is_read_BT & self.batch.attention_mask_BT.bool()
-
-
-def _open_stream(samples: Sequence[Sample], schedule: Schedule) -> _Stream:
-    batch = pad_sequences(samples)
-    width = batch.input_ids_BT.shape[1]
-    masks = [decode_mask(len(sample.prompt), width, schedule.boundary) for sample in samples]
-    return _Stream(batch, torch.tensor(masks))
 
 
 def _run_layer(model: PreTrainedModel, schedule: Schedule, stream: _Stream, layer: int) -> Tensor:
@@ -154,7 +138,6 @@ def _run_layer(model: PreTrainedModel, schedule: Schedule, stream: _Stream, laye
         seen = run_window(
             running,
             stream.batch,
-            stream.is_decode_BT,
             first=layer,
             last=layer + 1,
             entry_BTH=stream.states_BTH,
@@ -164,7 +147,7 @@ def _run_layer(model: PreTrainedModel, schedule: Schedule, stream: _Stream, laye
 
 
 @contextmanager
-def _watching(matrices: Sequence[_Matrix], stream: _Stream, grams: dict[_Together, Tensor]) -> Iterator[None]:
+def _watching(matrices: Sequence[_Matrix], batch: PhasedBatch, grams: dict[_Together, Tensor]) -> Iterator[None]:
     """Add to `grams` what the matrices are given while the block runs them on a batch: x^T x over the tokens that count, [K, K]
     in float64, one for all matrices that are given the same x."""
     given: dict[nn.Module, Tensor] = {}
@@ -183,7 +166,7 @@ def _watching(matrices: Sequence[_Matrix], stream: _Stream, grams: dict[_Togethe
         same.setdefault((id(given[matrix.module]), matrix.phases), []).append(matrix)
     for (_, phases), together in same.items():
         inputs_BTK = given[together[0].module]
-        inputs_MK = inputs_BTK[stream.counted_BT(phases).to(inputs_BTK.device)].float()
+        inputs_MK = inputs_BTK[batch.counted_BT(phases).to(inputs_BTK.device)].float()
         gram_KK = inputs_MK.mT @ inputs_MK
         gram_KK = (gram_KK.cpu() if gram_KK.device.type == "mps" else gram_KK).double()  # which has no float64
         grams[tuple(together)] = grams.get(tuple(together), 0.0) + gram_KK

@@ -58,11 +58,7 @@ class _Compression:
         self.checkpoint = open_model(recipe.model)
         self.request = _plan_request(recipe)
         self.rows = self.request.calibrated.rows()
-        self.packing = (
-            PackingRequest(recipe.export.precision, calibrated=self.request.calibrated)
-            if recipe.export.precision in PACKED_PRECISIONS
-            else None
-        )
+        self.packing = _packing_request(recipe, self.request.calibrated)
         if self.packing is not None:
             check_graphs(
                 self.checkpoint,
@@ -87,6 +83,7 @@ class _Compression:
             "judging": _rows_key(self.request.calibrated.judging_rows()),
         }
         evaluation = {**shared, "evaluation": asdict(recipe.evaluation), "rows": _rows_key(self.evaluation_rows)}
+        export = {**(shared if self.packing is None else shown), **asdict(recipe.export)}  # packing looks at samples
         healed = () if recipe.heal is None else (HEALED,)
         steps = [
             Step("profile", PROFILE, {**shown, "alpha": recipe.alpha}, (), self.profile),
@@ -97,7 +94,7 @@ class _Compression:
             steps.append(Step("heal", HEALED, heal, (SCHEDULE,), self.heal))
         steps += [
             Step("evaluate", EVALUATION, evaluation, (SCHEDULE, *healed), self.evaluate),
-            Step("export", PRUNED, {**shared, **asdict(recipe.export)}, (SCHEDULE, *healed, EVALUATION), self.export),
+            Step("export", PRUNED, export, (SCHEDULE, *healed, EVALUATION), self.export),
         ]
         findings = [PROFILE, SCHEDULE, EVALUATION, PRUNED]
         if recipe.bench is not None:
@@ -219,6 +216,19 @@ class _Compression:
 
     def report(self) -> None:
         self.write_report(self.folder, self.folder / REPORT)
+
+
+def _packing_request(recipe: CompressionRecipe, calibrated: Calibrated) -> PackingRequest | None:
+    export = recipe.export
+    if export.precision not in PACKED_PRECISIONS:
+        return None
+    return PackingRequest(
+        export.precision,
+        block_size=export.block_size,
+        zero_points=export.zero_points,
+        rounding=export.rounding,
+        calibrated=calibrated,
+    )
 
 
 def _plan_request(recipe: CompressionRecipe) -> PlanRequest:

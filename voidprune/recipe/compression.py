@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from voidprune.errors import BudgetError, RecipeError
-from voidprune.models.packed import PACKED_PRECISIONS
+from voidprune.models.packed import BLOCK_SIZES, PACKED_PRECISIONS, ROUNDINGS
 from voidprune.planning.budgets import Budget, parse_amount, parse_layers
 from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.search import GOALS, SEARCHES
@@ -70,11 +70,17 @@ class EvaluationPart:
 
 @dataclass(frozen=True)
 class ExportPart:
-    """What is written: the options of `voidprune export`. No `formats`: all that the family has."""
+    """What is written: the options of `voidprune export`. No `formats`: all that the family has.
+
+    `block_size`, `zero_points` and `rounding` are of packed matrices.
+    """
 
     formats: tuple[str, ...] = ()
     precision: str = "keep"
     operators: str = "ort"
+    block_size: int = 32
+    zero_points: bool = False
+    rounding: str = "nearest"
 
 
 @dataclass(frozen=True)
@@ -223,11 +229,27 @@ def _read_evaluation(part: Section, dataset: Callable[[Any, str], str]) -> Evalu
 
 
 def _read_export(part: Section) -> ExportPart:
-    return ExportPart(
+    found = ExportPart(
         formats=part.take("formats", list_of(one_of(("hf", "onnx"))), default=()),
         precision=part.take("precision", one_of(PRECISION_NAMES), default="keep"),
         operators=part.take("operators", one_of(("ort", "standard")), default="ort"),
+        block_size=part.take("block_size", _block_size, default=32),
+        zero_points=part.take("zero_points", boolean, default=False),
+        rounding=part.take("rounding", one_of(ROUNDINGS), default="nearest"),
     )
+    is_packed = found.precision in PACKED_PRECISIONS
+    if not is_packed and found != ExportPart(found.formats, found.precision, found.operators):
+        raise RecipeError(
+            f"{part.place}: block_size, zero_points and rounding are of packed matrices, and {found.precision} has none",
+            hint=f"choose a precision of {', '.join(PACKED_PRECISIONS)}",
+        )
+    return found
+
+
+def _block_size(value: Any, place: str) -> int:
+    if value not in BLOCK_SIZES:
+        raise RecipeError(f"{place} is {value!r}", hint=f"known here: {', '.join(map(str, BLOCK_SIZES))}")
+    return int(value)
 
 
 def _read_bench(section: Section) -> BenchPart | None:
