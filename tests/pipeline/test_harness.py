@@ -150,6 +150,6 @@ def test_prompts_that_a_model_was_healed_with_are_refused(tasks: Path, tmp_path:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(harness_table(healed.to_document()))
     shown = " ".join(console.export_text().split())
-    assert "none of 6 prompts is, token for token, one that the model was healed with" in shown
+    assert "none of 6 prompts is, token for token, one that its weights were fitted to" in shown
     whole = run_harness("demo", ["vp_rolling"], include_path=tasks)
     assert whole.to_document()["num_compared_prompts"] is None

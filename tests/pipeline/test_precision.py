@@ -263,7 +263,7 @@ def test_rounding_on_samples_takes_a_model_that_runs_and_4_bits(llama: TinyModel
         "onnx", "--num-samples", 2, "--max-new-tokens", 4, "--quiet",
     )  # fmt: skip
     assert result.exit_code == 1
-    assert "too few to train on some and hold others out" in result.output
+    assert "too few to fit to some and hold others out" in result.output
 
 
 def test_baseline_has_the_same_precision(bundles: dict[str, Path]) -> None:

@@ -14,6 +14,7 @@ from voidprune.models.checkpoint import FLOAT_DTYPES, precision_name
 from voidprune.models.packed import (
     BITS,
     BLOCK_SIZES,
+    FOUR_BIT_PRECISIONS,
     PACKED_PRECISIONS,
     ROUNDINGS,
     differs_by_phase,
@@ -136,8 +137,9 @@ class Quantization:
             ("zero_points", type(self.zero_points) is bool),
             ("layer_bits", all(number in BITS for number in bits) and all(len(pair) == 2 for pair in self.layer_bits)),
             ("activations", self.activations in ACTIVATIONS),
-            ("rounding", self.rounding in ROUNDINGS),
+            ("rounding", self.rounding in (ROUNDINGS if self.precision in FOUR_BIT_PRECISIONS else ("nearest",))),
             ("prompts", all(type(prompt) is str for prompt in self.prompts)),
+            ("prompts", bool(self.prompts) == (self.rounding == "gptq")),
             ("average_bits", type(self.average_bits) in (int, float)),
             ("weight_error", type(self.weight_error) in (int, float)),
         ):
@@ -146,14 +148,23 @@ class Quantization:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Quantization:
-        fidelity = document["fidelity"]
+        fidelity, prompts = document["fidelity"], document.get("prompts", [])
+        if type(prompts) is not list:
+            raise ValueError(f"prompts is {prompts!r}")
         values = {
             **document,
             "layer_bits": tuple(map(tuple, document["layer_bits"])),
             "fidelity": None if fidelity is None else Fidelity(**fidelity),
-            "prompts": tuple(document.get("prompts", ())),
+            "prompts": tuple(prompts),
         }
         return cls(**values)
+
+    def to_document(self) -> dict[str, Any]:
+        """As it was before there were two ways of rounding, where it is to nearest."""
+        document = asdict(self)
+        if self.rounding == "nearest":
+            del document["rounding"], document["prompts"]
+        return document
 
 
 @dataclass(frozen=True)
@@ -267,6 +278,11 @@ class Manifest:
         return precision_name(self.dtype) if self.quantization is None else self.quantization.precision
 
     @property
+    def fitted_prompts(self) -> frozenset[str]:
+        """Hashes (see `healing.training_data.prompt_hash`) of the prompts that weights were healed with or rounded on."""
+        return frozenset().union(*(part.prompts for part in (self.healing, self.quantization) if part is not None))
+
+    @property
     def has_checkpoint(self) -> bool:
         """Whether transformers finds weights in the folder."""
         return self.quantization is None or len(self.weight_files) > 1
@@ -337,7 +353,7 @@ class Manifest:
             "files": dict(self.files),
             "sizes": dict(self.sizes),
             "parity": None if self.parity is None else asdict(self.parity),
-            "quantization": None if self.quantization is None else asdict(self.quantization),
+            "quantization": None if self.quantization is None else self.quantization.to_document(),
             "written_by": self.written_by,
             "operators": self.operators,
             **({} if self.healing is None else {"healing": asdict(self.healing)}),

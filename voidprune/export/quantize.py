@@ -1,7 +1,8 @@
 """Matrices in 4 or 8 bits: choose scales and zero points, and write the one file that both graphs read.
 
 Weights go through memory a few rows at a time, straight from the source's files, whatever the size of the model; how they lie in
-the new file is said in `models/packed.py`. The same source gives the same bytes.
+the new file is said in `models/packed.py`. The same source gives the same bytes. Matrices that
+were rounded on samples come from elsewhere, as a whole (`healing/rounding.py`).
 """
 
 from __future__ import annotations
@@ -190,6 +191,7 @@ def write_packed(
         [(entry.name, entry.dtype, entry.shape, entry.num_bytes) for entry in entries],
         metadata=describe_formats(formats),
     )
+    assert rounded.keys() <= formats.keys(), "matrices are named as in the new file"
     in_rows = {rows_name(entry.name) for entry in entries}
     offsets, position = {}, len(header)
     for entry in entries:

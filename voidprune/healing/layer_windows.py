@@ -38,6 +38,11 @@ class PhasedBatch:
         in_phases_BT = (self.is_decode_BT & (Phase.DECODE in phases)) | (~self.is_decode_BT & (Phase.PREFILL in phases))
         return in_phases_BT & self.padded.attention_mask_BT.bool()
 
+    @property
+    def fed_back_BT(self) -> Tensor:  # noqa: N802  the shape of what it gives
+        """The tokens of responses: what the decode graph runs, whatever schedule the last prompt token runs."""
+        return self.padded.counted_PBT[1]
+
 
 def phased_batches(samples: Sequence[Sample], boundary: Boundary, *, batch_size: int) -> Iterator[PhasedBatch]:
     """All samples, those of similar length together."""

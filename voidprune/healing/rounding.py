@@ -5,8 +5,9 @@ one of them loses, those that are still to come make up for, as far as their inp
 
 - Scales and zero points are those of rounding to nearest, so columns can go in any order: largest inputs first, while there are
   most others to make up for them ("act-order", without its cost when the matrix is read).
-- From bottom to top, each layer on the stream that the rounded layers below it really give.
-- Each token counts where a matrix is read: in its phase, by a sublayer that runs in it.
+- From bottom to top, each layer on the stream that the rounded layers below it give.
+- A token counts for the matrices that it is multiplied with to some end: in its phase, in a sublayer whose output somebody reads.
+  Where prompts have matrices of their own (w8a8-int4), they are multiplied with the unrounded ones, and do not count.
 
 Embedding and head stay rounded to nearest: where they are one matrix, what is right for the one is wrong for the other.
 
@@ -15,26 +16,30 @@ Shapes: B rows, T tokens, M tokens that count, N outputs, K inputs, C columns th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from voidprune.errors import ModelError
 from voidprune.execution.reference import decoder_layers, scheduled
 from voidprune.export.quantize import Packing, Rounded, matrix_format, quantize_rows, restore_numbers
 from voidprune.healing.layer_windows import PhasedBatch, phased_batches, run_window
+from voidprune.healing.readers import Branch, Part, next_reads
 from voidprune.models.architecture import TensorNames
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.packed import BITS, BlockFormat
 from voidprune.profiling.calibration import Sample
-from voidprune.schedule import LayerAction, Phase, Schedule
+from voidprune.schedule import Phase, Schedule
 
 _DAMPING = 0.01
 """What is added to the sum of squares of every input, as a share of their mean: as the paper does, against too little data."""
+_SQUARES = 6
+"""Matrices [K, K] of float64 that are there at once: sums, their order, factors."""
 _CHUNK = 128
 """Columns after which all later ones are changed at once: one product in place of many sums."""
 
@@ -60,15 +65,21 @@ def round_layers(
     found: dict[str, Rounded] = {}
     for place, layer in enumerate(schedule.union):
         matrices = list(_find_matrices(checkpoint, schedule, packing, layers[layer], layer=layer, place=place))
-        grams: dict[_Together, Tensor] = {}
+        grams: dict[_SameInputs, Tensor] = {}
+        unrounded: dict[nn.Module, Tensor] = {
+            one.module: one.module.weight.detach().clone() for one in matrices if one.in_decode_graph_only
+        }
         for stream in streams:
             with _watching(matrices, stream.batch, grams):
                 _run_layer(model, schedule, stream, layer)
-        for together, gram_KK in grams.items():
+        for same_inputs, gram_KK in grams.items():
             if not torch.isfinite(gram_KK).all():
-                raise ModelError("the model's hidden states overflow, so nothing says how to round its matrices")
+                raise ModelError(
+                    "the model's hidden states overflow, so nothing says how to round its matrices",
+                    hint="leave --rounding out",
+                )
             order = order_inputs(gram_KK)
-            for matrix in together:
+            for matrix in same_inputs:
                 found[matrix.name] = rounded = round_columns(
                     matrix.module.weight.detach().float(), order, matrix.blocks
                 )
@@ -76,23 +87,44 @@ def round_layers(
                 with torch.no_grad():
                     matrix.module.weight.copy_(torch.from_numpy(restored_NK))
         for stream in streams:
-            stream.states_BTH = _run_layer(model, schedule, stream, layer)
+            with _prompts_through(unrounded, stream.batch):
+                stream.states_BTH = _run_layer(model, schedule, stream, layer)
         advance(1)
     return found
 
 
+def rounding_bytes(checkpoint: Checkpoint) -> int:
+    """Memory that `round_layers` takes beside the model, about: the numbers, and the sums and factors of the widest matrix."""
+    names = checkpoint.architecture.spec.tensors
+    shapes = [
+        record.shape
+        for name, record in checkpoint.tensors.items()
+        if len(record.shape) == 2 and names.layer_of(name) is not None
+    ]
+    widest = max((columns for _, columns in shapes), default=0)
+    return sum(rows * columns for rows, columns in shapes) + _SQUARES * 8 * widest**2
+
+
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """A matrix that decode reads in 4 bits: `name` in the slim checkpoint, and the phases whose tokens it is multiplied with."""
+    """A matrix that decode reads in 4 bits, by its `name` in the slim checkpoint.
+
+    `phases`: those whose tokens it is multiplied with to some end. `in_decode_graph_only`: the prefill graph has another one.
+    """
 
     name: str
     module: nn.Linear
     blocks: BlockFormat
     phases: frozenset[Phase]
+    in_decode_graph_only: bool
+
+    def counted_BT(self, batch: PhasedBatch) -> Tensor:  # noqa: N802  the shape of what it gives
+        counted_BT = batch.counted_BT(self.phases)
+        return counted_BT & batch.fed_back_BT if self.in_decode_graph_only else counted_BT
 
 
-_Together = tuple[_Matrix, ...]
-"""Matrices that are given the same inputs, of the same tokens."""
+_SameInputs = tuple[_Matrix, ...]
+"""Matrices that are given the same inputs, and for which the same tokens count."""
 
 
 def _find_matrices(
@@ -104,20 +136,18 @@ def _find_matrices(
         blocks = matrix_format(checkpoint, name, packing, Phase.DECODE)
         if not isinstance(linear, nn.Linear) or blocks is None or blocks.bits != min(BITS):
             continue
-        phases = frozenset(
-            phase
-            for phase in Phase
-            if _multiplies(schedule.actions(phase)[layer], path, names)
-            and matrix_format(checkpoint, name, packing, phase) == blocks
-        )
-        yield _Matrix(name, linear, blocks, phases)
+        phases = frozenset(phase for phase in Phase if _is_used(schedule, phase, layer, path, names))
+        other = matrix_format(checkpoint, name, packing, Phase.PREFILL) != blocks
+        yield _Matrix(name, linear, blocks, phases, in_decode_graph_only=other)
 
 
-def _multiplies(action: LayerAction, path: str, names: TensorNames) -> bool:
-    """Whether what a layer makes of a token with this matrix is used."""
+def _is_used(schedule: Schedule, phase: Phase, layer: int, path: str, names: TensorNames) -> bool:
+    """Whether what a matrix makes of the tokens of a phase is read by somebody."""
     if path in names.mlp_matrices:
-        return action.runs_mlp
-    return action.attends if path == names.output else action.writes_kv
+        return bool(next_reads(schedule, phase, Branch(layer, Part.MLP)))
+    if path in (names.query, names.output):
+        return bool(next_reads(schedule, phase, Branch(layer, Part.ATTENTION)))
+    return schedule.actions(phase)[layer].writes_kv
 
 
 # ---- what matrices are given
@@ -147,7 +177,7 @@ def _run_layer(model: PreTrainedModel, schedule: Schedule, stream: _Stream, laye
 
 
 @contextmanager
-def _watching(matrices: Sequence[_Matrix], batch: PhasedBatch, grams: dict[_Together, Tensor]) -> Iterator[None]:
+def _watching(matrices: Sequence[_Matrix], batch: PhasedBatch, grams: dict[_SameInputs, Tensor]) -> Iterator[None]:
     """Add to `grams` what the matrices are given while the block runs them on a batch: x^T x over the tokens that count, [K, K]
     in float64, one for all matrices that are given the same x."""
     given: dict[nn.Module, Tensor] = {}
@@ -164,12 +194,37 @@ def _watching(matrices: Sequence[_Matrix], batch: PhasedBatch, grams: dict[_Toge
     same: dict[tuple[int, frozenset[Phase]], list[_Matrix]] = {}
     for matrix in matrices:
         same.setdefault((id(given[matrix.module]), matrix.phases), []).append(matrix)
-    for (_, phases), together in same.items():
-        inputs_BTK = given[together[0].module]
-        inputs_MK = inputs_BTK[batch.counted_BT(phases).to(inputs_BTK.device)].float()
-        gram_KK = inputs_MK.mT @ inputs_MK
-        gram_KK = (gram_KK.cpu() if gram_KK.device.type == "mps" else gram_KK).double()  # which has no float64
-        grams[tuple(together)] = grams.get(tuple(together), 0.0) + gram_KK
+    for group in map(tuple, same.values()):
+        inputs_BTK = given[group[0].module]
+        counted_BT = group[0].counted_BT(batch).to(inputs_BTK.device)
+        grams[group] = grams.get(group, 0.0) + _multiply(inputs_BTK[counted_BT].float())
+
+
+def _multiply(inputs_MK: Tensor) -> Tensor:
+    """x^T x: a product in float32, of inputs that are made to fit it, in float64."""
+    device = "cpu" if inputs_MK.device.type == "mps" else inputs_MK.device  # which has no float64
+    largest = inputs_MK.abs().amax() if len(inputs_MK) else inputs_MK.new_zeros(())
+    if largest == 0:
+        return torch.zeros(inputs_MK.shape[1], inputs_MK.shape[1], dtype=torch.float64, device=device)
+    fitting_MK = inputs_MK / largest
+    return (fitting_MK.mT @ fitting_MK).to(device).double() * largest.to(device).double().square()
+
+
+@contextmanager
+def _prompts_through(weights: Mapping[nn.Module, Tensor], batch: PhasedBatch) -> Iterator[None]:
+    """Let what the prefill graph runs of a batch go through other `weights` of some linear layers while the block runs."""
+
+    def correct(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        fed_back_BT1 = batch.fed_back_BT.unsqueeze(-1).to(output.device)
+        bias = module.bias if isinstance(module.bias, Tensor) else None
+        return torch.where(fed_back_BT1, output, functional.linear(args[0], weights[module], bias))
+
+    handles = [module.register_forward_hook(correct) for module in weights]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ---- rounding
@@ -217,10 +272,12 @@ def round_columns(weights_NK: Tensor, order: InputOrder, blocks: BlockFormat) ->
         stop = min(start + _CHUNK, num_columns)
         chunk_CN, upper_CC = left_KN[start:stop], upper_KK[start:stop, start:stop]
         scales_CN, points_CN = scales_GN[groups_K[start:stop]], points_GN[groups_K[start:stop]]
-        steps_CN = torch.where(scales_CN == 0, 0.0, 1 / scales_CN)
+        divisors_CN = torch.where(scales_CN == 0, torch.inf, scales_CN)
         losses_CN = torch.empty_like(chunk_CN)
         for column in range(stop - start):
-            number_N = (chunk_CN[column] * steps_CN[column]).round_().add_(points_CN[column]).clamp_(0, blocks.largest)
+            number_N = (
+                (chunk_CN[column] / divisors_CN[column]).round_().add_(points_CN[column]).clamp_(0, blocks.largest)
+            )
             numbers_KN[start + column] = number_N
             meant_N = (number_N - points_CN[column]) * scales_CN[column]
             losses_CN[column] = (chunk_CN[column] - meant_N) / upper_CC[column, column]

@@ -39,7 +39,7 @@ def check_disjoint(trained: Collection[str], prompts: Sequence[Sequence[int]], *
 
 
 def hold_out(samples: Sequence[Sample], *, share: float) -> tuple[list[Sample], list[Sample]]:
-    """(samples to train on, samples held out), a matter of a prompt's hash alone: no prompt can be on both sides.
+    """(samples to fit to, samples held out), a matter of a prompt's hash alone: no prompt can be on both sides.
 
     `share`, in (0, 1), is what is held out in expectation. Raises HealingError where either side would be empty.
     """
@@ -49,7 +49,7 @@ def hold_out(samples: Sequence[Sample], *, share: float) -> tuple[list[Sample], 
         sides[int(prompt_hash(sample.prompt), 16) < limit].append(sample)
     if not sides[0] or not sides[1]:
         raise HealingError(
-            f"{len(samples)} samples are too few to train on some and hold others out",
+            f"{len(samples)} samples are too few to fit to some and hold others out",
             hint="give more with --num-samples or --dataset",
         )
     return sides

@@ -79,6 +79,7 @@ class _Compression:
         plan = {
             **shown,
             "precision": recipe.export.precision,
+            "blocks": [recipe.export.block_size, recipe.export.zero_points],
             "plan": _plain(asdict(recipe.plan)),
             "judging": _rows_key(self.request.calibrated.judging_rows()),
         }

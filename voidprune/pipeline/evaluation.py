@@ -126,7 +126,7 @@ def evaluate_checkpoint(
     """Evaluate a bundle (reference and graphs, which must agree in float32) or a model (whole, and under a schedule).
 
     All runners are in memory together, because their predictions are compared batch by batch. Raises HealingError where a bundle
-    was healed with these items, ParityError where a float32 bundle disagrees with its reference, ScheduleError and ModelError where
+    was fitted to these items, ParityError where a float32 bundle disagrees with its reference, ScheduleError and ModelError where
     the options do not go with what the checkpoint is.
     """
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -184,13 +184,8 @@ def check_never_fitted_to(checkpoint: Checkpoint, samples: Sequence[Sample], *, 
 
 
 def fitted_prompts(checkpoint: Checkpoint) -> frozenset[str] | None:
-    """Hashes of the prompts that a bundle was healed with, or its matrices were rounded on: see `training_data.prompt_hash`. None
-    where it was neither."""
-    if not is_bundle(checkpoint.folder):
-        return None
-    manifest = read_manifest(checkpoint.folder)
-    found = [part.prompts for part in (manifest.healing, manifest.quantization) if part is not None and part.prompts]
-    return frozenset().union(*found) if found else None
+    """See `Manifest.fitted_prompts`; None where there are none."""
+    return (read_manifest(checkpoint.folder).fitted_prompts or None) if is_bundle(checkpoint.folder) else None
 
 
 def open_runners(

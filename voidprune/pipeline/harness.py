@@ -53,7 +53,7 @@ class HarnessReport:
     """Results by runner and task, whole model first. `num_cut` requests of each had their context cut on the left to fit.
 
     `model_fingerprint` is that of the whole model: see `schedule.ModelIdentity`. `num_compared` of the tasks' prompts were looked
-    for among those that the bundle was healed with, and are not there, token for token; None of what was not healed.
+    for among those that weights were fitted to, and are not there, token for token; None where there are none.
     """
 
     model: str
@@ -154,7 +154,7 @@ def run_harness(
     """Run tasks of lm_eval on everything that can be run of a bundle or model: `pipeline.evaluation.open_runners`.
 
     `include_path` is a folder with more tasks. Raises MissingExtraError, DatasetError (a task is unknown or its data cannot be
-    read), HealingError where a bundle was healed with a prompt of a task, token for token, and what `open_runners` raises.
+    read), HealingError where weights were fitted to a prompt of a task, token for token, and what `open_runners` raises.
     """
     try:
         import lm_eval

@@ -26,7 +26,7 @@ from voidprune.export.quantize import (
     restore_rows,
     uniform_packing,
 )
-from voidprune.healing.rounding import round_layers
+from voidprune.healing.rounding import round_layers, rounding_bytes
 from voidprune.healing.training_data import hold_out, prompt_hash
 from voidprune.models.checkpoint import Checkpoint, stored_bytes
 from voidprune.models.packed import BITS, FOUR_BIT_PRECISIONS, BlockFormat
@@ -125,14 +125,14 @@ def choose_packing(
     """
     mixed, calibrates = request.precision == "mixed", request.rounding == "gptq"
     uniform = None if mixed else request.uniform(len(schedule.union))
-    if problem := _cannot_run(checkpoint):
-        if uniform is None or calibrates:
-            unknown, hint = (
-                ("which layers need 8 bits", "choose --precision int8 or int4")
-                if mixed
-                else ("how to round its matrices", "leave --rounding out")
-            )
+    if problem := _cannot_run(checkpoint, beside=rounding_bytes(checkpoint) if calibrates else 0):
+        unknown = "which layers need 8 bits" if mixed else "how to round its matrices"
+        hint = "choose --precision int8 or int4" if mixed else ""
+        if calibrates:
+            hint = ", and ".join(filter(None, (hint, "leave --rounding out")))
+        if hint:
             raise ModelError(f"{checkpoint.name} cannot run here, so nothing says {unknown}: {problem}", hint=hint)
+        assert uniform is not None
         return ChosenPacking(uniform)
     model = load_model(checkpoint.folder, device=default_device())
     choosing = judging = prepare_samples(checkpoint, model, request.calibrated, track)
@@ -152,17 +152,20 @@ def choose_packing(
         )
     if not calibrates:
         return ChosenPacking(packing, judging)
+    batch_size = request.calibrated.batch_size
     with track("rounding", len(schedule.union), "layers") as advance:
-        matrices = round_layers(model, checkpoint, schedule, choosing, packing, advance=advance)
+        matrices = round_layers(model, checkpoint, schedule, choosing, packing, batch_size=batch_size, advance=advance)
+    if not matrices:  # all of a mixed precision's may have 8 bits
+        return ChosenPacking(packing, judging)
     prompts = tuple(sorted({prompt_hash(sample.prompt) for sample in choosing}))
     return ChosenPacking(packing, judging, RoundedOn(matrices, prompts))
 
 
-def _cannot_run(checkpoint: Checkpoint) -> str | None:
-    """Why the whole model cannot answer prompts here; None where it can."""
+def _cannot_run(checkpoint: Checkpoint, *, beside: int = 0) -> str | None:
+    """Why the whole model cannot answer prompts here, with so many bytes `beside` it; None where it can."""
     if checkpoint.revision is not None:
         return "only the layers that are kept are fetched"
-    needed = int(HEADROOM * sum(stored_bytes(record, "F32") for record in checkpoint.tensors.values()))
+    needed = beside + int(HEADROOM * sum(stored_bytes(record, "F32") for record in checkpoint.tensors.values()))
     if needed > (free := free_memory(default_device())):
         return f"it takes {needed:,} bytes in float32; {free:,} are free"
     try:

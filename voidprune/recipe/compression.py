@@ -247,9 +247,9 @@ def _read_export(part: Section) -> ExportPart:
 
 
 def _block_size(value: Any, place: str) -> int:
-    if value not in BLOCK_SIZES:
+    if type(value) is not int or value not in BLOCK_SIZES:
         raise RecipeError(f"{place} is {value!r}", hint=f"known here: {', '.join(map(str, BLOCK_SIZES))}")
-    return int(value)
+    return value
 
 
 def _read_bench(section: Section) -> BenchPart | None:

@@ -31,7 +31,7 @@ def find_caveats(findings: Findings) -> list[str]:
         *findings.left_out,
         *_of_models(findings),
         *_of_quality(findings),
-        *_of_healing(findings),
+        *_of_fitting(findings),
         *_of_timings(findings),
         *_of_profile(findings),
         *_of_comparison(findings.comparison),
@@ -88,29 +88,30 @@ def _of_quality(findings: Findings) -> list[str]:
     return found
 
 
-def _of_healing(findings: Findings) -> list[str]:
+def _of_fitting(findings: Findings) -> list[str]:
     manifest = findings.manifest
-    if manifest is None or manifest.healing is None:
+    if manifest is None or not manifest.fitted_prompts:
         return []
-    found, count = [], len(manifest.healing.prompts)
+    found, count = [], len(manifest.fitted_prompts)
     if findings.evaluation is not None and findings.evaluation["model"] in (
         manifest.source,
         manifest.schedule.model.name,
     ):
-        found.append("The evaluation is of the source under the schedule, without the weights that healing changed.")
+        changed = "healing" if manifest.healing is not None else "rounding"
+        found.append(f"The evaluation is of the source under the schedule, without the weights that {changed} changed.")
     elif findings.evaluation is not None:
         found.append(
-            f"Overlap was checked: none of the evaluated prompts is among the {count} that it was healed with, or voidprune eval "
-            "had refused."
+            f"Overlap was checked: none of the evaluated prompts is among the {count} that weights were fitted to, or voidprune "
+            "eval had refused."
         )
     if findings.harness is not None:
         compared = findings.harness.get("num_compared_prompts")
         found.append(
             f"Overlap was checked for the tasks of lm_eval as far as that goes: none of their {compared} prompts is, token for "
-            f"token, among the {count} that it was healed with. The same items in another template or behind worked examples are "
-            "not found."
+            f"token, among the {count} that weights were fitted to. The same items in another template or behind worked examples "
+            "are not found."
             if compared
-            else "Overlap was not checked for the tasks of lm_eval: their prompts may be among those it was healed with."
+            else "Overlap was not checked for the tasks of lm_eval: their prompts may be among those that weights were fitted to."
         )
     return found
 

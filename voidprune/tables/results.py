@@ -98,9 +98,9 @@ def harness_table(document: Mapping[str, Any]) -> Group:
         notes.append(f"{cut} contexts were cut on the left to fit")
     if (compared := document.get("num_compared_prompts")) is not None:
         notes.append(
-            f"none of {compared} prompts is, token for token, one that the model was healed with"
+            f"none of {compared} prompts is, token for token, one that its weights were fitted to"
             if compared
-            else "no prompt could be compared with those that the model was healed with"
+            else "no prompt could be compared with those that its weights were fitted to"
         )
     table = Table(title=f"lm_eval on {document['model']}", caption="; ".join(notes))
     against = Table(title=f"{last['name']} against the whole model, item by item")
