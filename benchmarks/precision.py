@@ -39,6 +39,8 @@ CALIBRATED = (
     "int4, blocks of 128",
     "int4, blocks of 128, zero points",
     "int4, head in 8",
+    "w8a8-int4",
+    "w8a8-int4, blocks of 128",
     "mixed, 5 bits",
 )
 """What is measured with GPTQ as well."""
@@ -75,6 +77,7 @@ def packings(checkpoint: Checkpoint, schedule: Schedule, harm: Harm) -> dict[str
         "int8, blocks of 128": uniform_packing("int8", num_layers, block_size=128),
         "w8a8": uniform_packing("w8a8", num_layers),
         "w8a8-int4": uniform_packing("w8a8-int4", num_layers),
+        "w8a8-int4, blocks of 128": uniform_packing("w8a8-int4", num_layers, block_size=128),
     }
     for bits in (5.0, 6.0):
         found[f"mixed, {bits:g} bits"] = Packing("mixed", allocate_bits(harm, weights, average=bits), 8)

@@ -26,6 +26,7 @@ from voidprune.execution.manifest import (
     HeldOutLoss,
     Manifest,
     Parity,
+    Quantization,
     is_bundle,
     packs_weights,
     read_manifest,
@@ -217,6 +218,46 @@ def test_healing_round_trip() -> None:
 def test_a_broken_healing_is_named(keys: tuple[str, ...], value: Any) -> None:
     document = json.loads(artifacts.canonical_bytes(dataclasses.replace(MANIFEST, healing=HEALING).to_document()))
     change("healing", *keys, value=value)(document)
+    with pytest.raises(ArtifactError, match="here is broken"):
+        Manifest.from_document(document, place="here")
+
+
+QUANTIZATION = Quantization(
+    "int4", 128, False, ((4, 4),) * len(MANIFEST.kept_layers), 4, "int8", 4.0, 0.1,
+    rounding="gptq", prompts=("0123456789abcdef", "f123456789abcdef"),
+)  # fmt: skip
+PACKED = dataclasses.replace(
+    MANIFEST, quantization=QUANTIZATION, sizes={**MANIFEST.sizes, "model.int4.safetensors": 5000}
+)
+
+
+def test_rounding_round_trip() -> None:
+    document = json.loads(artifacts.canonical_bytes(PACKED.to_document()))
+    assert Manifest.from_document(document, place="here") == PACKED
+    assert PACKED.fitted_prompts == set(QUANTIZATION.prompts)
+    assert dataclasses.replace(PACKED, healing=HEALING).fitted_prompts == {*QUANTIZATION.prompts, *HEALING.prompts}
+    nearest = dataclasses.replace(QUANTIZATION, rounding="nearest", prompts=())
+    plain = dataclasses.replace(PACKED, quantization=nearest)
+    written = json.loads(artifacts.canonical_bytes(plain.to_document()))
+    assert not {"rounding", "prompts"} & written["quantization"].keys(), "as older versions wrote it"
+    assert Manifest.from_document(written, place="here") == plain
+    assert plain.fitted_prompts == MANIFEST.fitted_prompts == set()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rounding", "up"),
+        ("rounding", "nearest"),  # and yet prompts
+        ("prompts", []),
+        ("prompts", "0123456789abcdef"),
+        ("prompts", [7]),
+        ("precision", "int8"),
+    ],
+)
+def test_a_broken_rounding_is_named(key: str, value: Any) -> None:
+    document = json.loads(artifacts.canonical_bytes(PACKED.to_document()))
+    change("quantization", key, value=value)(document)
     with pytest.raises(ArtifactError, match="here is broken"):
         Manifest.from_document(document, place="here")
 

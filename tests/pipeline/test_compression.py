@@ -103,6 +103,16 @@ def test_graphs_of_a_recipe_may_have_packed_matrices(tmp_path: Path) -> None:
         assert (settings[0] != settings[1]) is depends
 
 
+def test_the_bytes_of_packed_matrices_are_planned_by(tmp_path: Path) -> None:
+    plans = []
+    for changes in ({}, {"block_size": 128}, {"zero_points": True}, {"rounding": "gptq"}):
+        recipe = replace(RECIPE, export=replace(ExportPart(precision="int4"), **changes))  # type: ignore[arg-type]
+        steps = compression_steps(recipe, tmp_path / "out", write_report=write)
+        plans.append(next(step.settings for step in steps if step.name == "plan"))
+    assert plans[0] == plans[3] != plans[1]
+    assert plans[2] not in (plans[0], plans[1])
+
+
 def test_packed_graphs_that_cannot_be_are_refused_before_a_step_has_run(tmp_path: Path) -> None:
     recipe = replace(RECIPE, export=replace(RECIPE.export, precision="w8a8", operators="standard"))
     with pytest.raises(ModelError, match="take the zero points of packed matrices from the file"):

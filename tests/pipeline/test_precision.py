@@ -30,7 +30,14 @@ from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.evaluation import check_never_fitted_to
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.models import open_model
-from voidprune.pipeline.precision import PackingRequest, allocate_bits, measure_harm, measure_packed_sizes
+from voidprune.pipeline.plan import Calibrated
+from voidprune.pipeline.precision import (
+    PackingRequest,
+    allocate_bits,
+    choose_packing,
+    measure_harm,
+    measure_packed_sizes,
+)
 from voidprune.profiling.calibration import Sample
 from voidprune.schedule import LayerAction, Schedule, dropped_schedule, full_schedule, write_schedule
 
@@ -248,6 +255,60 @@ def test_sublayers_in_4_bits_of_mixed_ones_are_rounded_on_samples(tmp_path: Path
     assert manifest.quantization is not None
     assert manifest.quantization.rounding == "gptq"
     assert {number for pair in manifest.quantization.layer_bits for number in pair} == {4, 8}
+
+
+def test_where_nothing_has_4_bits_nothing_is_rounded_on_samples(tmp_path: Path) -> None:
+    result = invoke(
+        "export", "demo", "-o", tmp_path / "out", "--precision", "mixed", "--bits", 8, "--rounding", "gptq", "--keep", 1,
+        "--format", "onnx", "--dataset", "demo", "--responses", "dataset", "--num-samples", 12, "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    quantization = read_manifest(tmp_path / "out").quantization
+    assert quantization is not None
+    assert (quantization.rounding, quantization.prompts) == ("nearest", ())
+
+
+def test_a_bundle_in_16_bits_is_rounded_as_it_is(tmp_path: Path) -> None:
+    few = ("--dataset", "demo", "--responses", "dataset", "--num-samples", 16, "--format", "onnx", "--quiet")
+    slim = invoke(
+        "export",
+        "demo",
+        "-o",
+        tmp_path / "slim",
+        "--drop-layers",
+        "7",
+        "--format",
+        "hf",
+        "--precision",
+        "bf16",
+        "--quiet",
+    )
+    assert slim.exit_code == 0, slim.output
+    packed = invoke(
+        "export", tmp_path / "slim", "-o", tmp_path / "out", "--precision", "w8a8-int4", "--rounding", "gptq", *few
+    )
+    assert packed.exit_code == 0, packed.output
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.kept_layers == (*range(7), *range(8, 12))
+    assert manifest.quantization is not None
+    assert manifest.quantization.rounding == "gptq"
+    assert manifest.quantization.fidelity is not None
+    assert manifest.quantization.fidelity.kl < 0.1
+
+
+def test_rounding_on_samples_takes_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the model alone has room in is not enough: a byte a weight, and matrices of the widest inputs."""
+    demo = open_model("demo")
+    needed = 1.25 * demo.num_bytes
+    monkeypatch.setattr(precision, "free_memory", lambda _device: int(needed + 1e6))
+    schedule, few = full_schedule(demo.identity), Calibrated(num_samples=8, dataset="demo", responses="dataset")
+    with pytest.raises(ModelError, match="nothing says how to round its matrices") as caught:
+        choose_packing(PackingRequest("int4", rounding="gptq", calibrated=few), demo, schedule)
+    assert caught.value.hint == "leave --rounding out"
+    with pytest.raises(ModelError) as caught:
+        choose_packing(PackingRequest("mixed", rounding="gptq", calibrated=few), open_model("demo"), schedule)
+    assert caught.value.hint == "choose --precision int8 or int4, and leave --rounding out"
+    assert choose_packing(PackingRequest("int4", calibrated=few), demo, schedule).rounded is None
 
 
 def test_rounding_on_samples_takes_a_model_that_runs_and_4_bits(llama: TinyModel, tmp_path: Path) -> None:

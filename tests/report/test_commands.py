@@ -40,7 +40,7 @@ def packed(precision: str, *bits: int, **settings: object) -> Quantization:
             "--precision int4 --block-size 128 --activations fp32 --zero-points",
         ),
         (
-            {"quantization": packed("int4", 4, rounding="gptq", zero_points=False)},
+            {"quantization": packed("int4", 4, rounding="gptq", prompts=("0123456789abcdef",), zero_points=False)},
             "--precision int4 --block-size 128 --activations fp32 --rounding gptq",
         ),
         (

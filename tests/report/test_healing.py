@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.execution.test_manifest import HEALING, MANIFEST
+from tests.execution.test_manifest import HEALING, MANIFEST, PACKED
 from tests.report.documents import fill_folder
 from voidprune.report.caveats import find_caveats
 from voidprune.report.findings import collect_findings
@@ -65,5 +65,9 @@ def test_overlap_with_the_data_of_healing_is_said_to_be_checked_or_not(tmp_path:
     told = "\n".join(find_caveats(replace(findings, evaluation=source, harness=None)))
     assert "without the weights that healing changed" in told
     assert "Overlap" not in told
+    told = "\n".join(find_caveats(replace(findings, manifest=PACKED, harness=None)))
+    assert "none of the evaluated prompts is among the 2 that weights were fitted to" in told
+    told = "\n".join(find_caveats(replace(findings, manifest=PACKED, evaluation=source, harness=None)))
+    assert "without the weights that rounding changed" in told
     unmeasured = "\n".join(find_caveats(replace(findings, evaluation=None, harness=None)))
     assert "Overlap" not in unmeasured

@@ -37,7 +37,7 @@ def make_manifest(**changes: object) -> Manifest:
 
 PACKED = Quantization(
     "mixed", 128, True, ((4, 8),) * len(wide_schedule(80).union), 8, "int8", 5.123, 0.0123,
-    Fidelity(0.98765, 0.012345, 1.23456, 123_456), "gptq",
+    Fidelity(0.98765, 0.012345, 1.23456, 123_456), "gptq", ("0123456789abcdef",),
 )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ class Quantization:
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Quantization:
         fidelity, prompts = document["fidelity"], document.get("prompts", [])
-        if type(prompts) is not list:
+        if not isinstance(prompts, (list, tuple)):
             raise ValueError(f"prompts is {prompts!r}")
         values = {
             **document,

@@ -76,7 +76,7 @@ def describe_fidelity(fidelity: Fidelity | None) -> str:
 def _describe_blocks(quantization: Quantization) -> str:
     blocks = f"in blocks of {quantization.block_size}{' with zero points' if quantization.zero_points else ''}"
     if quantization.rounding == "gptq":
-        blocks += ", rounded by GPTQ"
+        blocks += ",\nrounded by GPTQ"
     rows = {phase for phase in Phase if quantization.multiplies_rows(phase)}
     if not rows:
         return blocks
