@@ -20,6 +20,7 @@ from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import RoundedOn, export_bundle
 from voidprune.export.quantize import Packing, layer_weights, uniform_packing
 from voidprune.healing.rounding import round_layers
+from voidprune.healing.training_data import prompt_hash
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.models.packed import BlockFormat
 from voidprune.models.pretrained import end_tokens, load_model, load_tokenizer
@@ -134,7 +135,8 @@ def measure_packing(
     rounded = None
     if calibration:
         model = load_model(checkpoint.folder)
-        rounded = RoundedOn(round_layers(model, checkpoint, schedule, calibration, packing), prompts=())
+        prompts = tuple(prompt_hash(sample.prompt) for sample in calibration)
+        rounded = RoundedOn(round_layers(model, checkpoint, schedule, calibration, packing), prompts)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "packed"
         manifest = export_bundle(
