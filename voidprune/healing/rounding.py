@@ -72,24 +72,30 @@ def round_layers(
         for stream in streams:
             with _watching(matrices, stream.batch, grams):
                 _run_layer(model, schedule, stream, layer)
-        for same_inputs, gram_KK in grams.items():
-            if not torch.isfinite(gram_KK).all():
-                raise ModelError(
-                    "the model's hidden states overflow, so nothing says how to round its matrices",
-                    hint="leave --rounding out",
-                )
-            order = order_inputs(gram_KK)
-            for matrix in same_inputs:
-                found[matrix.name] = rounded = round_columns(
-                    matrix.module.weight.detach().float(), order, matrix.blocks
-                )
-                restored_NK = restore_numbers(rounded, matrix.blocks)[:, : matrix.module.in_features]
-                with torch.no_grad():
-                    matrix.module.weight.copy_(torch.from_numpy(restored_NK))
+        found |= _round_in_place(grams)
         for stream in streams:
             with _prompts_through(unrounded, stream.batch):
                 stream.states_BTH = _run_layer(model, schedule, stream, layer)
         advance(1)
+    return found
+
+
+def _round_in_place(grams: Mapping[_SameInputs, Tensor]) -> dict[str, Rounded]:
+    """The matrices of a layer, by what their inputs are; the model's become what was rounded."""
+    found = {}
+    for same_inputs, gram_KK in grams.items():
+        if not torch.isfinite(gram_KK).all():
+            raise ModelError(
+                "the model's hidden states overflow, so nothing says how to round its matrices",
+                hint="leave --rounding out",
+            )
+        order = order_inputs(gram_KK)
+        for matrix in same_inputs:
+            weight_NK = matrix.module.weight
+            found[matrix.name] = rounded = round_columns(weight_NK.detach().float(), order, matrix.blocks)
+            restored_NK = restore_numbers(rounded, matrix.blocks)[:, : matrix.module.in_features]
+            with torch.no_grad():
+                weight_NK.copy_(torch.from_numpy(restored_NK))
     return found
 
 
