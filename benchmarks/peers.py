@@ -10,9 +10,8 @@ run in groups, ours in each.
 where a ratio is worse by more than the noise of both (`voidprune.quality.regressions`): `make bench-check`.
 
 A ratio is the time of the runtime over ours of the same round: above 1, ours is faster. Runtimes in 4 bits are put beside our
-int4, or beside what `--packed` says ("128": in blocks of 128, which take less time, and GPTQ to be as good); those
-in 8 bits beside our w8a8, which runs where it is asked for. With float32, the greedy
-tokens must be ours, or the work was not the same.
+int4, or beside what `--packed` says ("128": in blocks of 128, which take less time, and GPTQ to be as good); those in 8 bits
+beside our w8a8, which runs where it is asked for. With float32, the greedy tokens must be ours, or the work was not the same.
 """
 
 from __future__ import annotations

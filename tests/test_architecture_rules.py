@@ -59,6 +59,7 @@ LIGHT_MODULES = (
     "execution.integrity",
     "execution.sampling",
     "execution.manifest",
+    "execution.packing_record",
     "profiling.profile",
     "profiling.calibration",
     "pipeline.plan",

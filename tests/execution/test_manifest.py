@@ -26,11 +26,11 @@ from voidprune.execution.manifest import (
     HeldOutLoss,
     Manifest,
     Parity,
-    Quantization,
     is_bundle,
     packs_weights,
     read_manifest,
 )
+from voidprune.execution.packing_record import Quantization
 from voidprune.export.graph_author import OPERATOR_SETS
 from voidprune.export.onnx_graph import graph_slots
 from voidprune.schedule import Phase

@@ -18,16 +18,8 @@ from tests.conftest import GetModel
 from tests.tiny_models import SHAPES, TinyModel
 from voidprune.errors import ModelError
 from voidprune.execution.reference import decoder_layers, scheduled
-from voidprune.export.quantize import (
-    LayerBits,
-    Packing,
-    Rounded,
-    matrix_format,
-    quantize_rows,
-    restore_numbers,
-    uniform_packing,
-    write_packed,
-)
+from voidprune.export.block_rounding import Rounded, quantize_rows, restore_numbers
+from voidprune.export.quantize import LayerBits, Packing, matrix_format, uniform_packing, write_packed
 from voidprune.healing import rounding
 from voidprune.healing.rounding import order_inputs, round_columns, round_layers
 from voidprune.models.packed import BlockFormat, PackedRecord, dequantize_rows, read_packed

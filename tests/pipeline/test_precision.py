@@ -19,7 +19,8 @@ from tests.tiny_models import TinyModel
 from voidprune.errors import BudgetError, HealingError, ModelError
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.reference import scheduled
-from voidprune.export.quantize import LayerBits, average_bits, packed_bytes, restore_rows
+from voidprune.export.block_rounding import restore_rows
+from voidprune.export.quantize import LayerBits, average_bits, packed_bytes
 from voidprune.healing.training_data import prompt_hash
 from voidprune.models.checkpoint import open_checkpoint
 from voidprune.models.packed import BlockFormat

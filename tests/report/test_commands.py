@@ -9,7 +9,7 @@ import pytest
 
 from tests.command_lines import parse_command
 from tests.execution.test_manifest import MANIFEST
-from voidprune.execution.manifest import Quantization
+from voidprune.execution.packing_record import Quantization
 from voidprune.report.commands import export_options
 from voidprune.schedule import Phase
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.tables import LONG_NAME, cells, numbers_broken_off, render, wide_schedule
-from voidprune.execution.manifest import Fidelity, Graph, Manifest, Parity, Quantization
+from voidprune.execution.manifest import Graph, Manifest, Parity
+from voidprune.execution.packing_record import Fidelity, Quantization
 from voidprune.schedule import Phase
 from voidprune.tables import manifest_table
 

@@ -22,12 +22,14 @@ import voidprune
 from voidprune import artifacts
 from voidprune.errors import CheckpointError, ModelError, OutputError, ScheduleError
 from voidprune.execution import manifest as manifests
-from voidprune.execution.manifest import Fidelity, Graph, Healing, Manifest, Parity, Quantization
+from voidprune.execution.manifest import Graph, Healing, Manifest, Parity
+from voidprune.execution.packing_record import Fidelity, Quantization
+from voidprune.export.block_rounding import Rounded
 from voidprune.export.genai import FILE as GENAI_FILE
 from voidprune.export.genai import describe_genai
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, write_slim_checkpoint, write_slim_files
 from voidprune.export.model_card import read_card, write_model_card
-from voidprune.export.quantize import Packing, Rounded, average_bits, layer_weights, write_packed
+from voidprune.export.quantize import Packing, average_bits, layer_weights, write_packed
 from voidprune.models.checkpoint import (
     FLOAT_DTYPES,
     Checkpoint,

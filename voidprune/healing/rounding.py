@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from voidprune.errors import ModelError
 from voidprune.execution.reference import decoder_layers, scheduled
-from voidprune.export.quantize import Packing, Rounded, matrix_format, quantize_rows, restore_numbers
+from voidprune.export.block_rounding import Rounded, quantize_rows, restore_numbers
+from voidprune.export.quantize import Packing, matrix_format
 from voidprune.healing.layer_windows import PhasedBatch, phased_batches, run_window
 from voidprune.healing.readers import Branch, Part, next_reads
 from voidprune.models.architecture import TensorNames
@@ -271,6 +272,7 @@ def round_columns(weights_NK: Tensor, order: InputOrder, blocks: BlockFormat) ->
     points_GN = torch.full_like(scales_GN, blocks.middle)
     if nearest.zero_points is not None:
         points_GN = torch.from_numpy(nearest.zero_points.T).to(scales_GN)
+    smallest = torch.finfo(torch.float32).tiny
     groups_K = order_K // blocks.numbers_in_block(num_columns)
     left_KN = weights_NK.to(device).mT[order_K]
     numbers_KN = torch.empty(num_columns, num_rows, dtype=torch.uint8, device=device)
@@ -278,7 +280,7 @@ def round_columns(weights_NK: Tensor, order: InputOrder, blocks: BlockFormat) ->
         stop = min(start + _CHUNK, num_columns)
         chunk_CN, upper_CC = left_KN[start:stop], upper_KK[start:stop, start:stop]
         scales_CN, points_CN = scales_GN[groups_K[start:stop]], points_GN[groups_K[start:stop]]
-        divisors_CN = torch.where(scales_CN == 0, torch.inf, scales_CN)
+        divisors_CN = torch.where(scales_CN.abs() < smallest, torch.inf, scales_CN)  # whose numbers are then all 0
         losses_CN = torch.empty_like(chunk_CN)
         for column in range(stop - start):
             number_N = (

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from voidprune.errors import BudgetError, DatasetError, ModelError
-from voidprune.execution.manifest import Fidelity
+from voidprune.execution.packing_record import Fidelity
 from voidprune.execution.reference import ScheduledModel, decoder_layers, scheduled
 from voidprune.execution.session import BundleSession
+from voidprune.export.block_rounding import restore_rows
 from voidprune.export.bundle import RoundedOn
 from voidprune.export.quantize import (
     LayerBits,
@@ -23,7 +24,6 @@ from voidprune.export.quantize import (
     average_bits,
     layer_weights,
     packed_record_bytes,
-    restore_rows,
     uniform_packing,
 )
 from voidprune.healing.rounding import round_layers, rounding_bytes
@@ -69,9 +69,10 @@ class PackingRequest:
         if not FEW <= self.average_bits <= MANY:
             raise BudgetError(f"an average of {self.average_bits:g} bits is not between {FEW} and {MANY}")
 
-    def uniform(self, num_layers: int) -> Packing:
+    def uniform(self, num_layers: int, precision: str | None = None) -> Packing:
+        """All matrices in the same bits, those of another precision if it is given."""
         return uniform_packing(
-            self.precision,
+            precision or self.precision,
             num_layers,
             block_size=self.block_size,
             zero_points=self.zero_points,
@@ -84,7 +85,7 @@ def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> Mod
     mixed = request.precision == "mixed"
     share = (request.average_bits - FEW) / (MANY - FEW) if mixed else 0.0
     few, many = (
-        replace(request, precision=precision, rounding="nearest").uniform(checkpoint.architecture.num_layers)
+        request.uniform(checkpoint.architecture.num_layers, precision)
         for precision in (("int4", "int8") if mixed else (request.precision,) * 2)
     )
 
@@ -126,14 +127,13 @@ def choose_packing(
     mixed, calibrates = request.precision == "mixed", request.rounding == "gptq"
     uniform = None if mixed else request.uniform(len(schedule.union))
     if problem := _cannot_run(checkpoint, beside=rounding_bytes(checkpoint) if calibrates else 0):
+        if uniform is not None and not calibrates:
+            return ChosenPacking(uniform)
         unknown = "which layers need 8 bits" if mixed else "how to round its matrices"
-        hint = "choose --precision int8 or int4" if mixed else ""
-        if calibrates:
-            hint = ", and ".join(filter(None, (hint, "leave --rounding out")))
-        if hint:
-            raise ModelError(f"{checkpoint.name} cannot run here, so nothing says {unknown}: {problem}", hint=hint)
-        assert uniform is not None
-        return ChosenPacking(uniform)
+        hints = ["choose --precision int8 or int4"] * mixed + ["leave --rounding out"] * calibrates
+        raise ModelError(
+            f"{checkpoint.name} cannot run here, so nothing says {unknown}: {problem}", hint=", and ".join(hints)
+        )
     model = load_model(checkpoint.folder, device=default_device())
     choosing = judging = prepare_samples(checkpoint, model, request.calibrated, track)
     if calibrates:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from voidprune import artifacts
 from voidprune.execution.manifest import FILE as MANIFEST
-from voidprune.execution.manifest import Manifest, Parity, Quantization, read_manifest
+from voidprune.execution.manifest import Manifest, Parity, read_manifest
+from voidprune.execution.packing_record import Quantization
 from voidprune.execution.reference import scheduled
 from voidprune.execution.reference_by_phase import scheduled_by_phase
 from voidprune.execution.session import BundleSession

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from voidprune.execution.manifest import Fidelity, Manifest, Quantization
+from voidprune.execution.manifest import Manifest
+from voidprune.execution.packing_record import Fidelity, Quantization
 from voidprune.schedule import Phase
 from voidprune.tables.figures import format_bytes
 
