@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-genai test-optimum check docs bench bench-check bench-profile bench-export bench-memory bench-precision bench-runner install clean
+.PHONY: demo test test-genai test-optimum check docs bench bench-check bench-profile bench-export bench-memory bench-precision bench-device bench-runner install clean
 
 demo: .venv/installed
 	$(BIN)/voidprune demo --output out/demo --overwrite
@@ -49,6 +49,10 @@ bench-memory: .venv/installed
 
 bench-precision: .venv/installed
 	$(BIN)/python benchmarks/precision.py $(BENCH)
+
+# On CUDA: one copy of the weights, captured steps (BENCH="--model 7b --precision fp16").
+bench-device: .venv/installed
+	$(BIN)/python benchmarks/device.py $(BENCH)
 
 # Bundles as they are exported and as our runner opens them; BENCH='--precision w8a8-int4' and the like.
 bench-runner: .venv/installed

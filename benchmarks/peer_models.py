@@ -49,7 +49,20 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": True,
     "vocab_size": 128256,
 }
-MODELS = {"qwen2.5-0.5b": QWEN, "llama-3.2-1b": LLAMA}
+SEVEN = {
+    **{key: value for key, value in LLAMA.items() if key != "rope_scaling"},
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "vocab_size": 32000,
+}
+"""That of Mistral 7B, but for one table as embedding and head: 7.1 billion weights."""
+MODELS = {"qwen2.5-0.5b": QWEN, "llama-3.2-1b": LLAMA, "7b": SEVEN}
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 

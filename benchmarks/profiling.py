@@ -1,6 +1,6 @@
 """What tracing costs: the same forward passes with and without it, in turns, in one run.
 
-    python benchmarks/profiling.py [--rounds N] [--threads 1] [--model demo --model qwen2.5-0.5b]
+    python benchmarks/profiling.py [--rounds N] [--threads 1] [--model demo --model qwen2.5-0.5b] [--device cuda --dtype bf16]
 
 Prints tokens per second of both, the median over rounds, and the cost: the median over rounds of the ratio of the two times that
 follow each other, less one, by the clock and in processor time (which a busy machine disturbs less). The traced passes include
@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from voidprune.journal import Journal
-from voidprune.models.pretrained import load_model
+from voidprune.models.pretrained import DTYPES, load_model
 from voidprune.pipeline.models import demo_folder
 from voidprune.profiling.calibration import Sample
 from voidprune.profiling.profile import LacSettings
@@ -64,6 +64,8 @@ def seconds(run: Callable[[], object]) -> tuple[float, float]:
     """By the clock, and of the processor."""
     clock, processor = time.perf_counter(), time.process_time()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - clock, time.process_time() - processor
 
 
@@ -79,10 +81,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--model", action="append", choices=list(SHAPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.model or SHAPES:
-        model, samples = make_model(name), make_samples(name, arguments.batch_size)
+        model = make_model(name).to(arguments.device, getattr(torch, DTYPES[arguments.dtype]))
+        samples = make_samples(name, arguments.batch_size)
         lengths = [len(sample.prompt) + len((sample.response or ())[1:]) for sample in samples]
 
         def plain(
@@ -109,6 +114,7 @@ def main() -> None:
         rates = [sum(lengths) / statistics.median(column) for column in zip(*clock, strict=True)]
         print(
             f"{name}: {sum(lengths)} tokens, batch {arguments.batch_size}, {arguments.threads} threads, "
+            f"{arguments.dtype} on {arguments.device}, "
             f"{rounds} rounds: {rates[0]:,.0f} tokens/s without, {rates[1]:,.0f} with tracing\n"
             f"  cost by the clock {describe_cost(clock)}, in processor time {describe_cost(processor)}",
             flush=True,

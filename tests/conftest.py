@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 
 # Read by huggingface_hub when it is imported: no test may reach for the network.
@@ -22,7 +23,7 @@ from tests.tiny_models import CORE_SHAPES, GRAPH_SHAPES, SHAPES, TinyModel, buil
 from voidprune.doctor import collection
 from voidprune.errors import RuntimeProviderError
 from voidprune.execution.manifest import Manifest, Parity
-from voidprune.execution.providers import size_thread_pool
+from voidprune.execution.providers import require_integer_products, size_thread_pool
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
 from voidprune.models.checkpoint import open_checkpoint
@@ -87,6 +88,26 @@ GetModel = Callable[[str], TinyModel]
 def _one_thread() -> None:
     """On matrices this small a second thread only costs."""
     torch.set_num_threads(1)
+
+
+W8A8, W8A8_INT4 = (pytest.param(name, marks=pytest.mark.integer_products) for name in ("w8a8", "w8a8-int4"))
+"""Precisions, as parameters of tests that run their graphs."""
+
+
+@functools.cache
+def _integers_multiply() -> bool:
+    try:
+        require_integer_products("anything")
+    except RuntimeProviderError:
+        return False
+    return True
+
+
+@pytest.fixture(autouse=True)
+def _integer_products(request: pytest.FixtureRequest) -> None:
+    """Graphs that multiply numbers of 8 bits are refused on processors that do it wrongly, so there is nothing to test there."""
+    if request.node.get_closest_marker("integer_products") and not _integers_multiply():
+        pytest.skip("products of 8-bit numbers overflow on this processor")
 
 
 @pytest.fixture(autouse=True)

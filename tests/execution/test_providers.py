@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -13,13 +14,21 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from tests.conftest import Bundle, MakeBundle
+from tests.conftest import W8A8, Bundle, GetModel, MakeBundle
 from tests.execution.test_session import mixed
 from tests.tiny_models import TinyModel, build_model
 from voidprune.errors import RuntimeProviderError
 from voidprune.execution import providers
 from voidprune.execution.bindings import element_type
-from voidprune.execution.providers import PROVIDERS, open_sessions, stray_operators
+from voidprune.execution.providers import (
+    PROVIDERS,
+    configured,
+    open_session,
+    open_sessions,
+    refuse_softcap,
+    stray_operators,
+)
+from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
 from voidprune.export.quantize import uniform_packing
 from voidprune.schedule import Phase, full_schedule
@@ -79,7 +88,7 @@ def test_weights_are_in_memory_once_packed_or_not(bundle: Bundle) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("precision", ["fp32", "int4", "w8a8"])
+@pytest.mark.parametrize("precision", ["fp32", "int4", W8A8])
 def test_weights_are_laid_out_once_for_both_phases_or_stay_in_their_file(
     bundle: Bundle, tmp_path: Path, precision: str
 ) -> None:
@@ -135,6 +144,7 @@ def test_bfloat16_comes_to_the_host_as_it_is() -> None:
     assert int(found.argmax()) == 2
 
 
+@pytest.mark.integer_products
 def test_a_processor_whose_products_overflow_is_refused(
     llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,3 +163,50 @@ def test_a_processor_whose_products_overflow_is_refused(
     with pytest.raises(RuntimeProviderError, match="products of them overflow") as caught:
         open_sessions(tmp_path / "bundle", manifest, provider="cpu")
     assert "--precision int8" in str(caught.value.hint)
+
+
+def test_attention_whose_scores_are_capped_is_refused_on_cuda(
+    get_model: GetModel, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found on a card: without the cap logits were off by what the cap changes."""
+    monkeypatch.setattr(providers, "can_load", lambda _: False)
+    for name, refused in (("gemma2", True), ("gemma", False)):
+        model = get_model(name)
+        bundle = make_bundle(model, full_schedule(model.identity))
+        graphs = [bundle.folder / graph.file for graph in bundle.manifest.graphs.values()]
+        with (
+            pytest.raises(RuntimeProviderError, match="caps attention scores") if refused else contextlib.nullcontext()
+        ):
+            refuse_softcap(graphs)
+        if refused:
+            with pytest.raises(RuntimeProviderError, match="leaves that out on CUDA") as caught:
+                BundleSession(bundle.folder, provider="cuda")
+            assert caught.value.hint == "use --provider cpu"
+
+
+def test_a_graph_that_cannot_be_captured_is_opened_without(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of older exports are."""
+    asked = []
+
+    def refusing(graph, folder, **options):
+        asked.append((graph.name, options.get("captures", False)))
+        if options.get("captures"):
+            raise providers._NotCapturedError("This session cannot use the graph capture feature")
+        return open_session(graph, folder, **options)
+
+    monkeypatch.setattr(providers, "open_session", refusing)
+    graphs = {phase: bundle.folder / graph.file for phase, graph in bundle.manifest.graphs.items()}
+    opened = providers._open_on_device(graphs, provider="cpu")
+    assert asked == [("decode.onnx", True), ("decode.onnx", False), ("prefill.onnx", False)]
+    assert not opened.captures
+    assert set(opened.by_phase) == set(Phase)
+    monkeypatch.setattr(providers, "open_session", open_session)
+    assert providers._open_on_device(graphs, provider="cpu").captures
+
+
+def test_float32_stays_float32_on_cuda() -> None:
+    name, options = configured("cuda", captures=True)
+    assert name == PROVIDERS["cuda"]
+    assert (options["use_tf32"], options["enable_cuda_graph"]) == ("0", "1")
+    assert configured("cuda")[1]["enable_cuda_graph"] == "0"
+    assert configured("cpu") == PROVIDERS["cpu"]

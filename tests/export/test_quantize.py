@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 
 from tests.conftest import GetModel
-from tests.tiny_models import NUM_LAYERS, TinyModel
+from tests.tiny_models import NUM_LAYERS, TinyModel, build_model
 from voidprune.errors import CheckpointError
-from voidprune.export.block_rounding import restore_rows
+from voidprune.export.block_rounding import quantize_rows, restore_rows
 from voidprune.export.quantize import (
     LayerBits,
     Packing,
@@ -33,7 +33,7 @@ from voidprune.models.packed import (
     multiplies_rows,
     read_packed,
 )
-from voidprune.models.tensors import TensorRecord
+from voidprune.models.tensors import TensorRecord, numpy_dtype, read_rows
 from voidprune.schedule import Phase
 
 
@@ -70,6 +70,50 @@ def test_file_means_the_rounded_weights(
     assert 0.001 < errors.relative < 0.12
     content = (tmp_path / "packed").stat().st_size
     assert packed_bytes(llama.checkpoint, kept, packing) == content - min(part.offset for part in parts)
+
+
+@pytest.mark.parametrize(("activations", "dtype"), [("fp16", "F16"), ("bf16", "BF16")])
+def test_scales_and_all_that_is_not_packed_are_in_16_bits_where_graphs_compute_in_them(
+    llama: TinyModel, tmp_path: Path, activations: str, dtype: str
+) -> None:
+    packing = uniform_packing("int4", NUM_LAYERS, activations=activations, zero_points=True)
+    errors = write_packed(llama.checkpoint, range(NUM_LAYERS), tmp_path / "packed", packing)
+    square, kind = 0.0, numpy_dtype(dtype)
+    found = read_packed(tmp_path / "packed")
+    for name, record in found.items():
+        weights = np.array(read_tensor(llama.checkpoint.tensors[name]))
+        if isinstance(record, PackedRecord):
+            assert record.scales.dtype == dtype
+            exact = quantize_rows(weights, record.blocks).scales
+            assert (read_rows(record.scales, 0, record.shape[0]) == exact.astype(kind)).all()
+            meant = dequantize_rows(record, 0, record.shape[0])
+            square += float(np.square(meant.astype(np.float64) - weights).sum())
+        else:
+            assert record.dtype == dtype
+            assert (read_rows(record, 0, record.shape[0]) == weights.astype(kind)).all()
+    assert sum(error for error, _ in errors.squares.values()) == pytest.approx(square), "of what was written"
+    content = (tmp_path / "packed").stat().st_size
+    first = min(part.offset for record in found.values() for part in getattr(record, "stored_parts", (record,)))
+    assert packed_bytes(llama.checkpoint, range(NUM_LAYERS), packing) == content - first
+
+
+def test_what_16_bits_do_not_hold_is_named(tmp_path: Path) -> None:
+    source = build_model("llama", tmp_path / "source")
+    record = source.checkpoint.tensors["model.layers.2.input_layernorm.weight"]
+    with record.file.open("r+b") as file:
+        file.seek(record.offset)
+        file.write(np.array([70000], np.float32).tobytes())
+    with pytest.raises(
+        CheckpointError, match=r"layers\.2\.input_layernorm\.weight has values that are too large for float16"
+    ):
+        write_packed(
+            source.checkpoint,
+            range(NUM_LAYERS),
+            tmp_path / "packed",
+            uniform_packing("int4", NUM_LAYERS, activations="fp16"),
+        )
+    packing = uniform_packing("int4", NUM_LAYERS, activations="bf16")
+    write_packed(source.checkpoint, range(NUM_LAYERS), tmp_path / "packed", packing)
 
 
 def test_what_one_product_spans_lies_side_by_side(llama: TinyModel, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.conftest import GetModel
 from tests.test_cli import expect_error, invoke
 from tests.tiny_models import TinyModel
-from voidprune.errors import BudgetError, HealingError, ModelError
+from voidprune.errors import BudgetError, HealingError, ModelError, RuntimeProviderError
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.reference import scheduled
 from voidprune.export.block_rounding import restore_rows
@@ -29,13 +29,14 @@ from voidprune.pipeline import export as pipeline_export
 from voidprune.pipeline import precision
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.evaluation import check_never_fitted_to
-from voidprune.pipeline.export import export_model
+from voidprune.pipeline.export import check_graphs, export_model
 from voidprune.pipeline.models import open_model
 from voidprune.pipeline.plan import Calibrated
 from voidprune.pipeline.precision import (
     PackingRequest,
     allocate_bits,
     choose_packing,
+    default_activations,
     measure_harm,
     measure_packed_sizes,
 )
@@ -269,6 +270,7 @@ def test_where_nothing_has_4_bits_nothing_is_rounded_on_samples(tmp_path: Path) 
     assert (quantization.rounding, quantization.prompts) == ("nearest", ())
 
 
+@pytest.mark.integer_products
 def test_a_bundle_in_16_bits_is_rounded_as_it_is(tmp_path: Path) -> None:
     few = ("--dataset", "demo", "--responses", "dataset", "--num-samples", 16, "--format", "onnx", "--quiet")
     slim = invoke(
@@ -393,6 +395,17 @@ def test_samples_to_measure_packing_leave_a_bundle_its_schedule(tmp_path: Path) 
         (("--precision", "int8", "--ops", "standard"), "take the zero points of packed matrices from the file"),
         (("--precision", "w8a8", "--provider", "cuda"), "for which onnxruntime has no kernel on CUDA"),
         (("--precision", "bf16", "--provider", "cpu"), "would be in bf16, for which onnxruntime has no kernels"),
+        (
+            ("--precision", "int4", "--activations", "bf16", "--provider", "cpu"),
+            "would be in bf16, for which onnxruntime",
+        ),
+        (("--precision", "int4", "--activations", "fp32", "--provider", "cuda"), "would attend in float32"),
+        (("--precision", "fp32", "--provider", "cuda"), "would attend in float32"),
+        (
+            ("--precision", "int8", "--zero-points", "--ops", "standard", "--provider", "cuda"),
+            "has no kernel on CUDA for matrices packed as the standard has them",
+        ),
+        (("--precision", "w8a8", "--activations", "fp16"), "w8a8 multiplies by activations in 8 bits"),
     ],
 )
 def test_graphs_that_cannot_be_are_refused_before_anything_is_planned(
@@ -402,11 +415,32 @@ def test_graphs_that_cannot_be_are_refused_before_anything_is_planned(
     assert result.stdout == ""
 
 
+def test_on_cuda_packed_graphs_compute_in_16_bits_unless_somebody_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert default_activations("int4", "cuda") == default_activations("mixed", "cuda") == "fp16"
+    assert default_activations("int4", "cpu") == "int8"
+    assert default_activations("w8a8", "cuda") == default_activations("w8a8-int4", "cuda") == "int8", (
+        "refused there anyway"
+    )
+    assert default_activations("int4") == "int8", "on this machine"
+    monkeypatch.setattr(precision, "default_provider", lambda: "cuda")
+    assert default_activations("int4") == "fp16"
+
+
+def test_capped_attention_is_refused_on_cuda(get_model: GetModel) -> None:
+    settings: dict[str, Any] = {"formats": ("onnx",), "precision": "fp16", "operators": "ort", "packing": None}
+    check_graphs(get_model("gemma2").checkpoint, **settings, provider="cpu")
+    check_graphs(get_model("gemma").checkpoint, **settings, provider="cuda")
+    with pytest.raises(RuntimeProviderError, match="caps attention scores, and onnxruntime leaves that out on CUDA"):
+        check_graphs(get_model("gemma2").checkpoint, **settings, provider="cuda")
+
+
 # ---- sizes
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied-small-heads", "phi3", "qwen2", "starcoder2"])
-@pytest.mark.parametrize("settings", [{}, {"block_size": 128}, {"zero_points": True}])
+@pytest.mark.parametrize("settings", [{}, {"block_size": 128}, {"zero_points": True}, {"activations": "fp16"}])
 @pytest.mark.parametrize("precision", ["int4", "int8", "w8a8", "w8a8-int4"])
 def test_sizes_are_those_of_the_file_that_graphs_read(
     get_model: GetModel, name: str, precision: str, settings: dict[str, Any]

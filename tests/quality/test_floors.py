@@ -21,7 +21,7 @@ from voidprune.schedule import full_schedule
         (None, {"float32"}),
         (PackingRequest("int8"), {"float32", "8 bits in blocks of 32", "8 by 8 bits"}),
         (PackingRequest("int8", activations="fp32"), {"float32", "8 bits in blocks of 32"}),
-        (PackingRequest("w8a8"), {"float32", "8 by 8 bits"}),
+        pytest.param(PackingRequest("w8a8"), {"float32", "8 by 8 bits"}, marks=pytest.mark.integer_products),
     ],
 )
 def test_every_way_that_a_bundle_could_be_multiplied(

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from tests.conftest import GetModel, open_plainly
+from tests.conftest import W8A8, W8A8_INT4, GetModel, open_plainly
 from tests.strategies import schedules
 from tests.tiny_models import NUM_LAYERS, TinyModel, build_model
 from voidprune.artifacts import file_hash
-from voidprune.errors import CheckpointError, ModelError, ParityError
-from voidprune.execution.manifest import FILE, Manifest, read_manifest
+from voidprune.errors import CheckpointError, ModelError, ParityError, RuntimeProviderError
+from voidprune.execution.manifest import FILE, Manifest, Parity, read_manifest
 from voidprune.execution.session import BundleSession
 from voidprune.export.bundle import export_bundle
 from voidprune.export.emitter import Emitter
@@ -37,7 +37,7 @@ from voidprune.models.graph_architecture import describe_graph_architecture
 from voidprune.models.packed import PackedRecord, dequantize_rows, packed_file
 from voidprune.pipeline.evaluation import open_runners
 from voidprune.quality.packed_parity import check_packed
-from voidprune.quality.parity import verify_bundle
+from voidprune.quality.parity import count_passes, verify_bundle
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule, dropped_schedule, full_schedule
 
 A = LayerAction
@@ -82,7 +82,14 @@ MIXED_PREFILL = (A.FULL, A.KV_MLP, A.SKIP_ATTENTION, A.KV_ONLY, A.FULL, A.SKIP)
 MIXED_DECODE = (A.FULL, A.FULL, A.SKIP_ATTENTION, A.SKIP_MLP, A.KV_ONLY, A.SKIP)
 
 
-@pytest.mark.parametrize(("precision", "settings"), [("int4", EXACT), ("int8", EXACT), ("w8a8", {}), ("w8a8-int4", {})])
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [
+        ("int4", EXACT),
+        ("int8", EXACT),
+        *(pytest.param(name, {}, marks=pytest.mark.integer_products) for name in ("w8a8", "w8a8-int4")),
+    ],
+)
 def test_every_family_equals_its_reference(
     tiny_model: TinyModel, tmp_path: Path, precision: str, settings: dict[str, Any]
 ) -> None:
@@ -107,6 +114,77 @@ def test_every_format_equals_its_reference(
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2-tied", "stablelm"])
+@pytest.mark.parametrize(("precision", "settings"), [("int4", {}), ("int8", {"block_size": 128, "zero_points": True})])
+def test_graphs_in_16_bits_are_as_near_as_torch_in_16_bits(
+    get_model: GetModel, tmp_path: Path, name: str, precision: str, settings: dict[str, Any]
+) -> None:
+    source, passes = get_model(name), []
+    schedule = Schedule(model=source.identity, prefill=MIXED_PREFILL, decode=MIXED_DECODE)
+    packing = packing_of(schedule, precision, activations="fp16", **settings)
+
+    def verify(stage: Path) -> Parity:
+        expected = count_passes(stage)
+        found = verify_bundle(
+            stage, source=source.checkpoint, schedule=schedule, on_pass=lambda: passes.append(expected)
+        )
+        assert passes == [expected] * expected
+        return found
+
+    manifest = export_bundle(
+        source.checkpoint, schedule, tmp_path / "out", verify=verify, formats=("onnx",), packing=packing
+    )
+    parity = manifest.parity
+    assert parity is not None
+    assert parity.onnx is not None
+    assert 1e-4 < parity.onnx <= parity.tolerance < 0.2
+    assert (parity.rounded, parity.rounded_tolerance) == (None, None)
+    assert not manifest.is_exact
+    for graph in ("prefill.onnx", "decode.onnx"):
+        model = onnx_ir.load(tmp_path / "out" / graph)
+        types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
+        assert {kind for value, kind in types.items() if "." in str(value) or value == "logits"} == {
+            onnx_ir.DataType.FLOAT16
+        }
+    records = open_checkpoint(tmp_path / "out").tensors.values()
+    floats = {record.scales.dtype if isinstance(record, PackedRecord) else record.dtype for record in records}
+    assert floats == {"F16"}
+
+
+def test_graphs_that_lose_more_than_16_bits_do_are_refused(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    folder = tmp_path / "out"
+    export_packed(llama, schedule, folder, packing_of(schedule, "int4", activations="fp16"))
+    model = onnx_ir.load(folder / "decode.onnx")
+    for node in model.graph:
+        if node.op_type == "SimplifiedLayerNormalization":
+            node.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 0.05)
+    save_graph(model, folder / "decode.onnx")
+    document = json.loads((folder / FILE).read_text())
+    document["files"]["decode.onnx"] = file_hash(folder / "decode.onnx")
+    document["sizes"]["decode.onnx"] = (folder / "decode.onnx").stat().st_size
+    (folder / FILE).write_text(json.dumps(document))
+    with pytest.raises(ParityError, match="the logits of the ONNX graphs"):
+        check_packed(folder, source=llama.checkpoint, schedule=schedule)
+
+
+def test_bf16_is_written_for_devices_and_refused_on_the_cpu(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    manifest = export_bundle(
+        llama.checkpoint,
+        schedule,
+        tmp_path / "out",
+        verify=lambda _: None,
+        formats=("onnx",),
+        packing=packing_of(schedule, "int4", activations="bf16"),
+    )
+    assert manifest.quantization is not None
+    assert manifest.quantization.activations == "bf16"
+    assert open_checkpoint(tmp_path / "out").dtype == "BF16"
+    with pytest.raises(RuntimeProviderError, match="cannot load"):
+        BundleSession(tmp_path / "out")
+
+
 @settings(max_examples=8)
 @given(data=st.data())
 def test_random_schedules_and_bits_equal_reference(llama: TinyModel, data: st.DataObject) -> None:
@@ -126,7 +204,7 @@ def test_a_packed_table_is_not_read_past_its_end(llama: TinyModel, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "stablelm"])
-@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8", "w8a8-int4"])
+@pytest.mark.parametrize("precision", ["int4", "int8", W8A8, W8A8_INT4])
 def test_rounded_activations_stay_within_what_rounding_changes(
     get_model: GetModel, tmp_path: Path, name: str, precision: str
 ) -> None:
@@ -170,7 +248,7 @@ def test_both_formats_are_both_compared(llama: TinyModel, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("formats", [("onnx",), ("hf", "onnx")])
-@pytest.mark.parametrize("precision", ["int4", "w8a8", "w8a8-int4"])
+@pytest.mark.parametrize("precision", ["int4", W8A8, W8A8_INT4])
 def test_too_large_for_memory_is_checked_layer_by_layer(
     llama: TinyModel, tmp_path: Path, precision: str, formats: tuple[str, ...]
 ) -> None:
@@ -347,6 +425,7 @@ def test_rounding_is_an_attribute_of_products_alone(llama: TinyModel, bundle: Pa
     assert onnx_ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
+@pytest.mark.integer_products
 def test_products_of_whole_numbers_lose_nothing_where_rounding_does_not(tmp_path: Path) -> None:
     """Tokens of whole 127ths of what is largest in them: they stay as they are, and so does one of zeros."""
     source = build_model("qwen2", tmp_path / "source")
@@ -379,6 +458,7 @@ def test_products_of_whole_numbers_lose_nothing_where_rounding_does_not(tmp_path
     assert not found[1, 2].any()
 
 
+@pytest.mark.integer_products
 def test_odd_widths_put_numbers_where_they_are_looked_for(tmp_path: Path) -> None:
     """Matrices of 37 times 37 bytes: scales and norms behind them begin at any byte."""
     sizes = {"hidden_size": 37, "intermediate_size": 37, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -414,6 +494,7 @@ def test_matrices_of_each_phase_have_no_single_graph(llama: TinyModel, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.integer_products
 def test_a_phase_that_reads_the_matrices_of_the_other_is_found(llama: TinyModel, tmp_path: Path) -> None:
     """Decode over rows of 8 bits: nearer to the model than it says, and so not what it says."""
     schedule = full_schedule(llama.identity)
@@ -445,6 +526,7 @@ def test_evaluations_put_graphs_beside_a_reference_of_both_phases(tmp_path: Path
             assert np.abs(found - expected).max() <= 1e-4
 
 
+@pytest.mark.integer_products
 def test_a_padded_row_is_answered_by_no_number(llama: TinyModel, tmp_path: Path) -> None:
     schedule = full_schedule(llama.identity)
     export_packed(llama, schedule, tmp_path / "out", packing_of(schedule, "w8a8"))

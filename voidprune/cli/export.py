@@ -97,7 +97,7 @@ def export(
     operators: str,
     block_size: str,
     zero_points: bool,
-    activations: str,
+    activations: str | None,
     rounding: str,
     bits: float | None,
     min_scores: tuple[tuple[str | None, float], ...],
@@ -171,6 +171,7 @@ def export(
             activations=activations,
             rounding=rounding,
             bits=bits,
+            provider=provider,
             options=options,
         )
         precision = "keep"

@@ -181,10 +181,9 @@ packing_options = together(
         click.option("--zero-points", is_flag=True, help="There, a zero point for every block as well."),
         click.option(
             "--activations",
-            type=click.Choice(["int8", "fp32"]),
-            default="int8",
-            show_default=True,
-            help="There, what products round the other factor to: fast, or exact (not with w8a8).",
+            type=click.Choice(["int8", "fp32", "fp16", "bf16"]),
+            help="There, what products round the other factor to: fast (int8), or exact (fp32, not with w8a8); in 16 bits graphs "
+            "compute everything, as CUDA wants it. Default: int8; fp16 on CUDA.",
         ),
         click.option(
             "--rounding",
@@ -215,20 +214,22 @@ def packing_request(
     *,
     block_size: str,
     zero_points: bool,
-    activations: str,
+    activations: str | None,
     rounding: str,
     bits: float | None,
+    provider: str | None,
     options: Mapping[str, Any],
 ) -> PackingRequest:
-    """The options of `packing_options`, to be measured on the samples that `options`, of `trial_options`, ask for."""
+    """The options of `packing_options`, to be measured on the samples that `options`, of `trial_options`, ask for, for graphs that
+    run on `provider`."""
     from voidprune.pipeline.plan import Calibrated
-    from voidprune.pipeline.precision import PackingRequest
+    from voidprune.pipeline.precision import PackingRequest, default_activations
 
     return PackingRequest(
         precision=precision,
         block_size=int(block_size),
         zero_points=zero_points,
-        activations=activations,
+        activations=activations or default_activations(precision, provider),
         average_bits=5.0 if bits is None else bits,
         rounding=rounding,
         calibrated=Calibrated(**{name: options[name] for name in SAMPLE_OPTIONS}),

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
+from voidprune.execution.row_lengths import MASK
+
 Array = np.ndarray[Any, Any]
 
 
@@ -16,7 +18,7 @@ class HostBinding:
     """An `IOBinding` whose small inputs, and whose result, lie on the host.
 
     Elsewhere than on the CPU, onnxruntime copies an input when it is bound (1.31: IOBinding::BindInput), so there each is bound
-    anew.
+    anew; where torch has the device, `device_bindings.py` leaves them there.
     """
 
     def __init__(self, session: ort.InferenceSession, *, on_cpu: bool) -> None:
@@ -35,6 +37,10 @@ class HostBinding:
         copied = array.astype(np.int64, order="C")
         self.bound.bind_cpu_input(name, copied)
         self._inputs[name] = copied
+
+    def feed_mask(self, lengths: Sequence[int], width: int) -> None:
+        """MASK, [B, `width`]: ones for the tokens of each row."""
+        self.feed(MASK, np.arange(width) < np.array(lengths)[:, np.newaxis])
 
     def bind_result(self, name: str, shape: Sequence[int], dtype: np.dtype[Any], *, reuse: bool) -> Array:
         """Where the result will be. With `reuse` that is where it was before: new memory of some size costs more than its use."""

@@ -33,6 +33,8 @@ from voidprune.execution.node_writer import ORT, NodeWriter, small_model
 from voidprune.execution.providers import open_session
 
 Array = np.ndarray[Any, Any]
+Outputs = Any
+"""What a session gives, [B, T, X]: an array on the host, a tensor of torch on a device."""
 
 MOST_CANDIDATES = 4096
 """Rows of a head that are multiplied by themselves; where more are in question the whole head is read."""
@@ -50,14 +52,22 @@ class Head(Protocol):
     width: int
     vocab_size: int
 
-    def logits(self, outputs_BTX: Array) -> Array:
+    def logits(self, outputs_BTX: Outputs) -> Array:
         """[B, T, V]."""
 
-    def likeliest(self, outputs_BTX: Array) -> Array:
+    def likeliest(self, outputs_BTX: Outputs) -> Array:
         """The token with the greatest logit, the first of equals: [B, T]."""
 
+    def join(self, parts: Sequence[Outputs], axis: int) -> Outputs:
+        """What a session gave in several runs as if it were one."""
 
-class WholeHead:
+
+class _HostHead:
+    def join(self, parts: Sequence[Array], axis: int) -> Array:
+        return np.concatenate(parts, axis)
+
+
+class WholeHead(_HostHead):
     """Of graphs that give logits themselves."""
 
     is_screened = False
@@ -73,7 +83,7 @@ class WholeHead:
         return np.asarray(outputs_BTX.argmax(-1))
 
 
-class ScreenedHead:
+class ScreenedHead(_HostHead):
     """A float32 head that is opened when it is asked for the first time: whole for logits, in 8 bits for the likeliest token."""
 
     is_screened = True

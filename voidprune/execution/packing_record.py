@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from voidprune.models.packed import (
+    ACTIVATIONS,
     BITS,
     BLOCK_SIZES,
     FOUR_BIT_PRECISIONS,
@@ -17,8 +18,6 @@ from voidprune.models.packed import (
     packed_file,
 )
 from voidprune.schedule import Phase
-
-ACTIVATIONS = ("int8", "fp32")
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class Quantization:
 
     `layer_bits[i]`: bits of attention and of MLP in layer i of the checkpoint; `head_bits`: of embedding and head. `activations`:
     "int8" where products round what they multiply with the matrices, block by block (in a phase that multiplies rows token by
-    token), else "fp32". Where the phases have matrices of their own, `layer_bits`, `average_bits` and `weight_error` are of
-    those of decode; prefill's are rows of 8 bits.
+    token), "fp32" where they do not; in "fp16" and "bf16" the graphs compute in 16 bits throughout. Where the phases have matrices
+    of their own, `layer_bits`, `average_bits` and `weight_error` are of those of decode; prefill's are rows of 8 bits.
     `weight_error`: root of the mean square error of all matrices over that of their weights; `average_bits`: of a weight of the
     layers' matrices, scales and zero points not counted. `rounding`: of the layers' matrices in 4 bits, "nearest" or "gptq"; the
     others, embedding and head are rounded to nearest. `prompts`: hashes of those that matrices were rounded on (see

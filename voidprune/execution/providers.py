@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_COUNTING = frozenset({"Add", "Cast", "Range", "ReduceSum", "Shape", "Squeeze", "Sub", "Unsqueeze"})
-"""Operators by which a graph counts its tokens: a few integers, which onnxruntime itself keeps on the CPU."""
+_COUNTING = frozenset({"Add", "Cast", "Concat", "Range", "ReduceSum", "Shape", "Squeeze", "Sub", "Unsqueeze"})
+"""Operators by which a graph counts its tokens and says shapes: a few integers, which onnxruntime itself keeps on the CPU.
+
+It has each of them for CUDA, too, in all types that a graph computes in, so none would be on the CPU for anything larger.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class OpenSessions:
     `last_only` says of which phases logits come for the last token alone. `scored_heads` and `head` are those of
     `composition.ComposedGraphs`. `weight_copies` is how often the weights are in the memory of the device. `device_bytes` is the
     memory that loading took there, weights and sessions together; None on the CPU and where nobody could measure it. `weights` is
-    what the sessions point at: it has to live as long as they do.
+    what the sessions point at: it has to live as long as they do. `captures`: steps of decode may be captured
+    (`device_bindings.py`).
     """
 
     by_phase: Mapping[Phase, ort.InferenceSession]
@@ -49,6 +54,7 @@ class OpenSessions:
     weight_copies: int
     device_bytes: int | None
     weights: DeviceWeights | None
+    captures: bool = False
 
 
 def open_sessions(
@@ -93,21 +99,48 @@ def _open_on_device(graphs: Mapping[Phase, Path], *, provider: str) -> OpenSessi
     before = _free_device_bytes()
     weights = None
     paths = sorted(set(graphs.values()))
+    if provider == "cuda":
+        refuse_softcap(paths)
     if can_load(provider):
         weights = load_device_weights({path.name: weight_ranges(path) for path in paths}, device=provider)
     lent = {} if weights is None else weights.values
-    opened = {
-        path: open_session(path, path.parent, provider=provider, prepack=True, weights=lent.get(path.name))
-        for path in paths
-    }
+    opened, captures = {}, False
+    for path in paths:
+        open_lent = functools.partial(open_session, path, path.parent, provider=provider, weights=lent.get(path.name))
+        if path == graphs[Phase.DECODE] and weights is not None:
+            with contextlib.suppress(_NotCapturedError):
+                opened[path], captures = open_lent(captures=True), True
+        if path not in opened:
+            opened[path] = open_lent()
     after = _free_device_bytes()
-    return _apart(
+    separate = _apart(
         graphs,
         opened,
         weight_copies=len(paths) if weights is None else 1,
         device_bytes=None if before is None or after is None else before - after,
         weights=weights,
     )
+    return replace(separate, captures=captures)
+
+
+def refuse_softcap(graphs: Iterable[Path]) -> None:
+    """Raise RuntimeProviderError for attention whose scores are capped (Gemma 2), which would be answered a little wrongly.
+
+    onnxruntime 1.31 leaves the cap out on CUDA, in `GroupQueryAttention` as in the standard's `Attention`: docs/results.md.
+    """
+    import onnx
+
+    for graph in graphs:
+        for node in onnx.load(graph, load_external_data=False).graph.node:
+            if any(attribute.name == "softcap" and attribute.f for attribute in node.attribute):
+                raise RuntimeProviderError(
+                    f"{graph.name} caps attention scores, and onnxruntime leaves that out on CUDA",
+                    hint="use --provider cpu",
+                )
+
+
+class _NotCapturedError(RuntimeProviderError):
+    """A graph that moves numbers between device and host cannot be captured: those of older exports do."""
 
 
 def _apart(
@@ -156,14 +189,16 @@ def open_session(
     provider: str = "cpu",
     prepack: bool = True,
     weights: Mapping[str, ort.OrtValue] | None = None,
+    captures: bool = False,
 ) -> ort.InferenceSession:
     """`graph`: a file of the bundle in `folder`, or a model in memory whose weights lie there. Raises RuntimeProviderError.
 
-    `weights` are initializers that are lent: they have to live as long as the session.
+    `weights` are initializers that are lent: they have to live as long as the session. With `captures`, runs are captured as CUDA
+    graphs, unless their options say otherwise.
     """
     name = graph.name if isinstance(graph, Path) else folder.name
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if captures else 3  # that it cannot is no error
     with contextlib.suppress(Fail):  # the process has its pool already
         ort.set_global_thread_pool_sizes(0, 1)
     options.use_per_session_threads = False
@@ -177,11 +212,13 @@ def open_session(
     for initializer, value in (weights or {}).items():
         options.add_initializer(initializer, value)
     wanted = PROVIDERS[provider]
-    providers = [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
+    providers = [configured(provider, captures=captures), *([] if provider == "cpu" else [PROVIDERS["cpu"]])]
     try:
         session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=False)
     except Exception as error:  # onnxruntime's errors share no narrower public base class
         reason = str(error).strip().splitlines()[0]
+        if captures and "graph capture" in reason:
+            raise _NotCapturedError(reason) from error
         hint = "export the model again, or upgrade onnxruntime: voidprune is developed with 1.31"
         if provider == "cpu" and "NOT_IMPLEMENTED" in reason:
             hint = "onnxruntime has no bf16 kernels for the CPU: export with --precision fp32, or use --provider cuda"
@@ -197,6 +234,18 @@ def open_session(
             hint="export in another precision, or use --provider cpu",
         )
     return session
+
+
+def configured(provider: str, *, captures: bool = False) -> str | tuple[str, dict[str, str]]:
+    """A provider with its options, as a session takes it.
+
+    On CUDA, float32 stays float32 (by default it is multiplied in TF32, which has 10 bits of its 23), and the arena takes what is
+    asked for (by default the next power of two).
+    """
+    if provider == "cpu":
+        return PROVIDERS[provider]
+    options = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", "enable_cuda_graph": str(int(captures))}
+    return PROVIDERS[provider], options
 
 
 def require_integer_products(name: str) -> None:

@@ -4,8 +4,8 @@ Token ids in, logits and token ids out; texts are the business of the caller. Ne
 
 Both graphs read the same weights; how that is one copy in memory is told in `providers.py`, and the loop of generation stands in
 `generation.py`. Past and present K/V are one buffer on the device of the sessions, so a step writes only what is new, and of a
-step only what its head needs comes to the host. Rows whose prompts differ in length are prefilled one by one, straight into their
-place in the buffers, and decoded together; nothing is ever padded.
+step only what its head needs comes to the host; of greedy decoding on CUDA, a token (`device_bindings.py`). Rows whose prompts
+differ in length are prefilled one by one, straight into their place in the buffers, and decoded together; nothing is ever padded.
 
 Shapes: B rows, T new tokens, M positions of the buffers, N K/V heads, H head size, V vocabulary, X what the graphs give a token:
 its logits, or its last hidden state (`heads.py`).
@@ -13,7 +13,9 @@ its logits, or its last hidden state (`heads.py`).
 
 from __future__ import annotations
 
+import math
 import operator
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,20 @@ import onnxruntime as ort
 
 from voidprune.errors import ContextLengthError, ModelError, RuntimeProviderError
 from voidprune.execution.bindings import HostBinding, element_type
+from voidprune.execution.device_bindings import (
+    MOST_CAPTURES,
+    Binding,
+    BindingKey,
+    DeviceBinding,
+    DeviceBuffers,
+    DeviceHead,
+)
 from voidprune.execution.generation import Responses, check_vocabulary
-from voidprune.execution.heads import Head, ScreenedHead, WholeHead
+from voidprune.execution.heads import Head, Outputs, ScreenedHead, WholeHead
 from voidprune.execution.integrity import check_files
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.providers import open_sessions
-from voidprune.execution.row_lengths import LENGTHS, MASK
+from voidprune.execution.row_lengths import LENGTHS
 from voidprune.execution.sampling import Sampling
 from voidprune.schedule import Boundary, Phase
 
@@ -38,6 +48,8 @@ LOGIT_VALUES = 2**24
 """Logits that one step of scoring makes at most: 64 MiB in float32, twice that while they are worked on in float64."""
 SCORE_VALUES = 2**24
 """Attention scores of a layer that several tokens of decode make at most: 64 MiB in float32."""
+_DEVICE_POSITIONS = 128
+"""K/V buffers on a device have a multiple of it: the next conversation is the likelier to fit into them."""
 _SPARE_POSITIONS = 32
 """Of K/V buffers, at least, when they are made; an eighth of what they hold where that is more."""
 _HOST_DTYPES: dict[str, Any] = {
@@ -85,7 +97,12 @@ class BundleSession:
             raise RuntimeProviderError(
                 f"this runner has no host type for logits of {result.type}", hint="export with --precision fp16 or fp32"
             )
+        self.lives_on_device = opened.weights is not None
+        self.captures_left = MOST_CAPTURES if opened.captures else 0
+        self._spare: tuple[tuple[int, int], DeviceBuffers] | None = None
         self.head: Head = WholeHead(int(result.shape[-1])) if opened.head is None else ScreenedHead(folder, opened.head)
+        if self.lives_on_device:
+            self.head = DeviceHead(int(result.shape[-1]))
         self.vocab_size = self.head.vocab_size
         self.takes_lengths = LENGTHS in {value.name for value in self.sessions[Phase.DECODE].get_inputs()}
         self.dtype = np.dtype(_HOST_DTYPES[result.type])
@@ -100,6 +117,24 @@ class BundleSession:
                 hint="shorten the prompt or lower --max-new-tokens",
             )
         return Conversation(self, num_rows=num_rows, max_positions=max_positions)
+
+    def take_buffers(self, num_rows: int, num_positions: int) -> DeviceBuffers:
+        """K/V buffers on the device: those of the last conversation that ended, where they fit."""
+        spare, self._spare = self._spare, None
+        if spare is not None and spare[0] == (num_rows, num_positions):
+            spare[1].clear()
+            return spare[1]
+        shapes = {
+            argument.name: (num_rows, argument.shape[1], num_positions, argument.shape[3])
+            for running in self.sessions.values()
+            for argument in running.get_inputs()
+            if argument.name.startswith("past_key_values.")
+        }
+        return DeviceBuffers.make(shapes, self.dtype, device=self.provider)
+
+    def keep_buffers(self, num_rows: int, num_positions: int, buffers: DeviceBuffers) -> None:
+        """For the next conversation."""
+        self._spare = (num_rows, num_positions), buffers
 
     def generate(
         self,
@@ -180,12 +215,21 @@ class Conversation:
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.num_positions = 0
         self.buffers: dict[str, ort.OrtValue] = {}
-        self._bindings: dict[tuple[Phase, int, int], HostBinding] = {}
-        if session.provider != "cpu":
+        self._bindings: dict[BindingKey, Binding] = {}
+        self._on_device: DeviceBuffers | None = None
+        if session.lives_on_device:
+            whole = -(-max_positions // _DEVICE_POSITIONS) * _DEVICE_POSITIONS
+            self.num_positions = min(whole, session.manifest.context_length)
+            self._on_device = session.take_buffers(num_rows, self.num_positions)
+            giving_back = weakref.finalize(self, session.keep_buffers, num_rows, self.num_positions, self._on_device)
+            giving_back.atexit = False
+        elif session.provider != "cpu":
             self._make_buffers(max_positions)
 
     def _fit_buffers(self, length: int) -> None:
         """On the CPU, to so many tokens a row, where they are too short for them or much too long."""
+        if self._on_device is not None:
+            return
         needed = min(self.max_positions, length + max(_SPARE_POSITIONS, length // 8))
         if self.session.provider == "cpu" and not length <= self.num_positions <= 2 * needed:
             self._make_buffers(needed)
@@ -216,7 +260,7 @@ class Conversation:
         """Forget what stands behind the first `length` tokens of each row."""
         for row in self.tokens:
             del row[length:]
-        if self.num_positions:
+        if self.buffers:
             self._fit_buffers(max(self.lengths))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
@@ -231,7 +275,7 @@ class Conversation:
         """The same, for the likeliest next tokens alone, [B]: often sooner."""
         return self.session.head.likeliest(self._prefill(prompts))[:, -1]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Outputs:
         """What the graphs give of the last tokens, [B, 1, X]."""
         if len(prompts) != len(self.lengths):
             raise ModelError(
@@ -253,9 +297,9 @@ class Conversation:
         rows = [
             self._prefill_rows(np.array([prompt], np.int64), slice(row, row + 1)) for row, prompt in enumerate(prompts)
         ]
-        return np.concatenate(rows)
+        return self.session.head.join(rows, axis=0)
 
-    def _prefill_rows(self, tokens_BT: Array, rows: slice) -> Array:
+    def _prefill_rows(self, tokens_BT: Array, rows: slice) -> Outputs:
         is_decode_step = self.session.boundary is Boundary.DECODE and tokens_BT.shape[1] == 1
         phase = Phase.DECODE if is_decode_step else Phase.PREFILL
         size = tokens_BT.shape[1]
@@ -273,7 +317,7 @@ class Conversation:
         """The same, for the likeliest next tokens alone, [B, T]: often sooner."""
         return self.session.head.likeliest(self._decode(tokens_BT, reuse=True))
 
-    def _decode(self, tokens_BT: Array, *, reuse: bool = False) -> Array:
+    def _decode(self, tokens_BT: Array, *, reuse: bool = False) -> Outputs:
         """What the graphs give of each token, [B, T, X]. With `reuse` it may be overwritten by the next step."""
         num_rows, num_tokens = tokens_BT.shape
         if num_tokens == 1:
@@ -284,24 +328,26 @@ class Conversation:
         rows = []
         for row in range(num_rows):
             pieces = [tokens_BT[row : row + 1, start : start + size] for start in range(0, num_tokens, size)]
-            rows.append(
-                np.concatenate([self._run(Phase.DECODE, piece, slice(row, row + 1)) for piece in pieces], axis=1)
-            )
-        return np.concatenate(rows)
+            outputs = [self._run(Phase.DECODE, piece, slice(row, row + 1)) for piece in pieces]
+            rows.append(self.session.head.join(outputs, axis=1))
+        return self.session.head.join(rows, axis=0)
 
-    def _run(self, phase: Phase, tokens_BT: Array, rows: slice, *, reuse: bool = False) -> Array:
+    def _run(self, phase: Phase, tokens_BT: Array, rows: slice, *, reuse: bool = False) -> Outputs:
         num_rows, num_tokens = tokens_BT.shape
         lengths = [length + num_tokens for length in self.lengths[rows]]
         self._check_room(lengths)
         check_vocabulary(tokens_BT, self.session.vocab_size)
         self._fit_buffers(max(*lengths, *self.lengths))
         head, num_outputs = self.session.head, 1 if self.session.last_only[phase] else num_tokens
-        binding = self._binding(phase, rows)
+        is_step = phase is Phase.DECODE and num_tokens == 1 and num_rows == len(self.tokens)
+        binding = self._binding(phase, rows, is_step=is_step)
         binding.feed("input_ids", tokens_BT)
         if self.session.takes_lengths:
             binding.feed(LENGTHS, np.array(lengths))
         else:
-            binding.feed(MASK, np.arange(max(lengths)) < np.array(lengths)[:, np.newaxis])
+            # Always as wide: onnxruntime plans memory anew for every shape, which takes longer than a step.
+            is_wide = is_step and self._on_device is not None
+            binding.feed_mask(lengths, self.num_positions if is_wide else max(lengths))
         shape = (num_rows, num_outputs, head.width)
         outputs_BTX = binding.bind_result(head.output, shape, self.session.dtype, reuse=reuse)
         binding.run()
@@ -317,31 +363,45 @@ class Conversation:
                 hint="start the conversation with more positions",
             )
 
-    def _binding(self, phase: Phase, rows: slice) -> HostBinding:
+    def _binding(self, phase: Phase, rows: slice, *, is_step: bool) -> Binding:
         """Past and present bound to the rows' part of the buffers: rows lie one behind the other."""
-        key = (phase, rows.start, rows.stop)
-        if key not in self._bindings:
-            session = self.session.sessions[phase]
-            binding = HostBinding(session, on_cpu=self.session.provider == "cpu")
+        bindings = self._bindings if self._on_device is None else self._on_device.bindings
+        key = (phase, rows.start, rows.stop, is_step)
+        if key not in bindings:
+            binding, places = self._make_binding(phase, is_step=is_step), self._places
             for name, choice in self.session.choices[phase].items():
                 binding.bound.bind_cpu_input(name, choice)
-            for argument in session.get_inputs():
-                if argument.name not in self.buffers:
-                    continue
-                buffer = self.buffers[argument.name]
-                shape = [rows.stop - rows.start, *buffer.shape()[1:]]
-                row_bytes = buffer.tensor_size_in_bytes() // buffer.shape()[0]
-                place = (
-                    self.session.provider,
-                    0,
-                    element_type(self.session.dtype),
-                    shape,
-                    buffer.data_ptr() + rows.start * row_bytes,
-                )
-                binding.bound.bind_input(argument.name, *place)
-                binding.bound.bind_output(argument.name.replace("past_key_values", "present"), *place)
-            self._bindings[key] = binding
-        return self._bindings[key]
+            for argument in self.session.sessions[phase].get_inputs():
+                if argument.name in places:
+                    address, (_, *shape) = places[argument.name]
+                    row_bytes = self.session.dtype.itemsize * math.prod(shape)
+                    place = (
+                        self.session.provider,
+                        0,
+                        element_type(self.session.dtype),
+                        [rows.stop - rows.start, *shape],
+                        address + rows.start * row_bytes,
+                    )
+                    binding.bound.bind_input(argument.name, *place)
+                    binding.bound.bind_output(argument.name.replace("past_key_values", "present"), *place)
+            bindings[key] = binding
+        return bindings[key]
+
+    def _make_binding(self, phase: Phase, *, is_step: bool) -> Binding:
+        session = self.session.sessions[phase]
+        if self._on_device is None:
+            return HostBinding(session, on_cpu=self.session.provider == "cpu")
+        capture = None
+        if is_step and self.session.captures_left:
+            capture = self.session.captures_left = self.session.captures_left - 1
+        return DeviceBinding(session, device=self.session.provider, capture=capture)
+
+    @property
+    def _places(self) -> dict[str, tuple[int, Sequence[int]]]:
+        """Address and shape of each buffer."""
+        if self._on_device is None:
+            return {name: (buffer.data_ptr(), buffer.shape()) for name, buffer in self.buffers.items()}
+        return {name: (tensor.data_ptr(), tensor.shape) for name, tensor in self._on_device.tensors.items()}
 
 
 def remove_padding(tokens_BT: Array, attention_mask_BT: Array) -> list[list[int]]:

@@ -102,7 +102,7 @@ def export_bundle(
     `graph_author.OPERATOR_SETS`); `advance` is told the bytes of tensors written.
 
     With `packing`, the graphs read a file of packed matrices that both share, and the checkpoint is written only where `formats`
-    ask for it; operators of the standard multiply exactly, whatever `packing.activations` says. Matrices in `rounded`
+    ask for it; operators of the standard do not round to 8 bits, whatever `packing.activations` says. Matrices in `rounded`
     (see `write_packed`) are packed as they are given there. `measure` gets the staged folder
     once it is verified, and says what packing changed.
     Raises ScheduleError, ModelError, CheckpointError, OutputError.
@@ -128,7 +128,7 @@ def export_bundle(
         else:
             write_slim_files(source, schedule.union, stage, precision=precision)
         if packing is not None:
-            if operators == "standard":  # has no product that rounds
+            if operators == "standard" and packing.activations == "int8":  # has no product that rounds
                 packing = replace(packing, activations="fp32")
             quantization = _pack(source, schedule.union, stage, packing, rounded, advance=advance)
         slim = open_checkpoint(stage, name=folder.name)

@@ -110,10 +110,15 @@ class Emitter:
         one = self.integers(1)
         lengths = self.op("ReduceSum", [self.attention_mask, one], keepdims=0)
         total = self.op("Shape", [self.attention_mask], start=1, end=2)
+        # Counted where the tokens are: the length of a shape is a number of the host's, and a graph that copies one from there
+        # cannot be captured on CUDA.
+        each = self.op(
+            "ConstantOfShape", [self.op("Shape", [self.input_ids])], value=ir.tensor(np.array([1], np.int64))
+        )
         return Tokens(
             last_position=self.cast(self.op("Sub", [lengths, one]), ir.DataType.INT32),
             total=self.cast(self.op("Squeeze", [total]), ir.DataType.INT32),
-            first_position=self.op("Sub", [lengths, self.op("Shape", [self.input_ids], start=1, end=2)]),
+            first_position=self.op("Sub", [lengths, self.op("ReduceSum", [each, one], keepdims=0)]),
         )
 
     @functools.cached_property

@@ -23,8 +23,16 @@ from voidprune.errors import CheckpointError
 from voidprune.export.block_rounding import Rounded, cut_rows, quantize_rows, restore_numbers
 from voidprune.models.checkpoint import Checkpoint, TensorRecord, layer_tensor_groups
 from voidprune.models.copying import encode_entries
-from voidprune.models.packed import BlockFormat, describe_formats, multiplies_rows, pack, rows_name, side_name
-from voidprune.models.tensors import DTYPE_BYTES, Advance, fetch_tensors, read_rows, stored_bytes
+from voidprune.models.packed import (
+    BlockFormat,
+    activation_dtype,
+    describe_formats,
+    multiplies_rows,
+    pack,
+    rows_name,
+    side_name,
+)
+from voidprune.models.tensors import DTYPE_BYTES, Advance, fetch_tensors, numpy_dtype, read_rows, stored_bytes
 from voidprune.schedule import Phase
 
 
@@ -40,7 +48,8 @@ class LayerBits:
 class Packing:
     """How a checkpoint's matrices are packed: bits of each kept layer, in order, and of embedding and head.
 
-    `precision` names the file; `activations` is "int8" where the graphs round what they multiply with the matrices, or "fp32".
+    `precision` names the file; `activations` is one of ACTIVATIONS: "int8" where the graphs round what they multiply with the
+    matrices, else what they compute in.
     In a phase that multiplies rows (`packed.multiplies_rows`) each row of the layers' matrices is one block, of 8 bits: `layers`,
     `block_size` and `zero_points` are of the other matrices alone.
     """
@@ -51,6 +60,11 @@ class Packing:
     block_size: int = 32
     zero_points: bool = False
     activations: str = "int8"
+
+    @property
+    def dtype(self) -> str:
+        """Of scales, and of everything that is not packed."""
+        return activation_dtype(self.activations)
 
     @property
     def head_format(self) -> BlockFormat:
@@ -130,14 +144,17 @@ def packed_record_bytes(
     source: Checkpoint, record: TensorRecord, packing: Packing, phases: Collection[Phase] = tuple(Phase)
 ) -> int:
     """Bytes that these phases read of one tensor of the source once it is packed with all its layers: numbers, scales and zero
-    points, or float32."""
+    points, or floats."""
     formats = {matrix_format(source, record.name, packing, phase) for phase in phases}
-    return sum(stored_bytes(record, "F32") if blocks is None else _matrix_bytes(record, blocks) for blocks in formats)
+    dtype = packing.dtype
+    return sum(
+        stored_bytes(record, dtype) if blocks is None else _matrix_bytes(record, blocks, dtype) for blocks in formats
+    )
 
 
-def _matrix_bytes(record: TensorRecord, blocks: BlockFormat) -> int:
+def _matrix_bytes(record: TensorRecord, blocks: BlockFormat, dtype: str) -> int:
     rows, columns = record.shape
-    scales = math.prod(blocks.scales_shape(rows, columns)) * DTYPE_BYTES["F32"]
+    scales = math.prod(blocks.scales_shape(rows, columns)) * DTYPE_BYTES[dtype]
     zero_points = rows * blocks.zero_point_bytes(columns) if blocks.zero_points else 0
     return math.prod(blocks.numbers_shape(rows, columns)) + scales + zero_points
 
@@ -151,7 +168,7 @@ def write_packed(
     rounded: Mapping[str, Rounded] = MappingProxyType({}),
     advance: Advance = lambda _amount: None,
 ) -> WeightErrors:
-    """Write all that the graphs of the layers `kept` (ascending, original numbers) need: packed matrices, the rest in float32.
+    """Write all that the graphs of the layers `kept` (ascending, original numbers) need: packed matrices, the rest as floats.
 
     What one product spans lies side by side: q, k, v, then their scales, then their zero points; where the phases differ, all that
     decode reads of them before all that prefill does. Matrices in `rounded`, by their names in the new file, are written as they
@@ -181,10 +198,11 @@ def write_packed(
         opened.truncate(position)
         opened.flush()
         write = functools.partial(_write_at, opened.fileno(), advance)
+        floats = numpy_dtype(packing.dtype)
         for entry in entries:
             if entry.source is None:
                 continue
-            job = functools.partial(_write_rows, write, entry, offsets, rounded.get(entry.name))
+            job = functools.partial(_write_rows, write, entry, offsets, floats, rounded.get(entry.name))
             found = list(threads.map(job, *zip(*cut_rows(entry.source.shape), strict=True)))
             if entry.blocks is not None and entry.name not in in_rows:
                 squares[entry.name] = (sum(error for error, _ in found), sum(weights for _, weights in found))
@@ -202,27 +220,28 @@ def _list_entries(source: Checkpoint, kept: Sequence[int], packing: Packing) -> 
             [matrix_format(source, name, packing, phase) for name, _ in group] for phase in _STORED_ORDER
         )
         yield from _group_entries(
-            [(name, record, blocks) for (name, record), blocks in zip(group, decode, strict=True)]
+            [(name, record, blocks) for (name, record), blocks in zip(group, decode, strict=True)], packing.dtype
         )
         if prefill != decode:
             names_in_rows = [(rows_name(name), record) for name, record in group]
-            yield from _group_entries([(*named, blocks) for named, blocks in zip(names_in_rows, prefill, strict=True)])
+            in_rows = [(*named, blocks) for named, blocks in zip(names_in_rows, prefill, strict=True)]
+            yield from _group_entries(in_rows, packing.dtype)
 
 
 _STORED_ORDER = (Phase.DECODE, Phase.PREFILL)
 
 
-def _group_entries(group: Sequence[tuple[str, TensorRecord, BlockFormat | None]]) -> Iterator[_Entry]:
-    """What one product spans, side by side."""
+def _group_entries(group: Sequence[tuple[str, TensorRecord, BlockFormat | None]], dtype: str) -> Iterator[_Entry]:
+    """What one product spans, side by side; floats in `dtype`."""
     yield from (
-        _Entry(name, "F32", record.shape, record)
+        _Entry(name, dtype, record.shape, record)
         if blocks is None
         else _Entry(name, blocks.dtype, blocks.numbers_shape(*record.shape), record, blocks)
         for name, record, blocks in group
     )
     matrices = [(name, record.shape, blocks) for name, record, blocks in group if blocks is not None]
     for name, (rows, columns), blocks in matrices:
-        yield _Entry(side_name(name, "scales"), "F32", blocks.scales_shape(rows, columns))
+        yield _Entry(side_name(name, "scales"), dtype, blocks.scales_shape(rows, columns))
     for name, (rows, columns), blocks in matrices:
         if blocks.zero_points:
             yield _Entry(side_name(name, "zero_points"), "U8", (rows, blocks.zero_point_bytes(columns)))
@@ -253,7 +272,7 @@ def _part_of(source: Checkpoint, name: str) -> int | None:
 
 
 def _write_at(descriptor: int, advance: Advance, content: np.ndarray[Any, Any], offset: int) -> None:
-    view = np.ascontiguousarray(content).data.cast("B")
+    view = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data  # a buffer has no bfloat16
     advance(len(view))
     while view:
         written = os.pwrite(descriptor, view, offset)
@@ -264,6 +283,7 @@ def _write_rows(
     write: Callable[[np.ndarray[Any, Any], int], None],
     entry: _Entry,
     offsets: Mapping[str, int],
+    floats: np.dtype[Any],
     given: Rounded | None,
     start: int,
     stop: int,
@@ -281,12 +301,25 @@ def _write_rows(
         write(rows, offsets[name] + start * row_bytes)
 
     if entry.blocks is None:
-        put(entry.name, weights)
+        put(entry.name, _as_floats(weights, floats, entry.source))
         return 0.0, 0.0
     found = quantize_rows(weights, entry.blocks) if given is None else given.rows(start, stop)
+    scales = _as_floats(found.scales, floats, entry.source)
+    found = found._replace(scales=scales.astype(np.float32))
     put(entry.name, pack(found.numbers.reshape(stop - start, -1), entry.blocks))
-    put(side_name(entry.name, "scales"), found.scales)
+    put(side_name(entry.name, "scales"), scales)
     if found.zero_points is not None:
         put(side_name(entry.name, "zero_points"), pack(found.zero_points, entry.blocks))
     error = restore_numbers(found, entry.blocks)[:, : weights.shape[1]] - weights
     return float(np.square(error, dtype=np.float64).sum()), float(np.square(weights, dtype=np.float64).sum())
+
+
+def _as_floats(values: np.ndarray[Any, Any], floats: np.dtype[Any], source: TensorRecord) -> np.ndarray[Any, Any]:
+    """Float32 in another dtype. Raises CheckpointError where a value is too large for it."""
+    with np.errstate(over="ignore"):
+        stored = values.astype(floats)
+    if not np.isfinite(stored.astype(np.float32)).all():
+        raise CheckpointError(
+            f"{source.name} has values that are too large for {floats.name}", hint="choose --activations bf16 or fp32"
+        )
+    return stored

@@ -115,7 +115,7 @@ class GraphWeights:
         records = [record.scales for record in self._packed_records(matrix)]
         label = f"{_label(matrix.rows)}.scales"
         row_shape = matrix.blocks.scales_shape(*matrix.shape)[1:]
-        return self._initializer(label, matrix.rows, records, ir.DataType.FLOAT, row_shape)
+        return self._initializer(label, matrix.rows, records, self.dtype, row_shape)
 
     def zero_points(self, matrix: PackedMatrix, dtype: ir.DataType, row_shape: Sequence[int]) -> ir.Value | None:
         """Zero points as a tensor [out, *row_shape] of `dtype`; None where the blocks have none of their own."""

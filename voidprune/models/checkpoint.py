@@ -122,7 +122,7 @@ class Checkpoint:
         Of a quantized checkpoint that of its embedding, in which it computes; with packed matrices, that of all the rest.
         """
         if self.is_packed:
-            return "F32"
+            return next(record.scales.dtype for record in self.tensors.values() if isinstance(record, PackedRecord))
         matrices = [record for record in self.tensors.values() if len(record.shape) == 2]
         if self.config.get("quantization_config"):
             matrices = [self.tensors[f"{self.architecture.spec.tensors.embedding}.weight"]]

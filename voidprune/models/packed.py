@@ -3,19 +3,20 @@
 Read here, made in `export/`.
 
 A matrix [N, K] of Hugging Face's [out, in] order is cut along K into blocks of `block_size` numbers, the last one padded with
-zeros. A block has a float32 scale and whole numbers q of `bits` bits, and means scale * (q - zero point); without zero points
+zeros. A block has a scale and whole numbers q of `bits` bits, and means scale * (q - zero point); without zero points
 of its own that is 2^(bits-1). Layout (onnxruntime, docs/ContribOperators.md, com.microsoft.MatMulNBits):
 
 - `{name}`: U8 [N, blocks, block_size * bits / 8], of two numbers in a byte the first in the lower half
-- `{matrix}.scales`: F32 [N, blocks]
+- `{matrix}.scales`: floats [N, blocks]
 - `{matrix}.zero_points`, where there are any: U8 [N, ceil(blocks * bits / 8)], packed alike, each row by itself
 
-Where a whole row is the block, numbers are signed, I8 [N, K], and mean scale * q; scales are F32 [N].
+Where a whole row is the block, numbers are signed, I8 [N, K], and mean scale * q; scales are [N].
 
 A file may hold a matrix twice, once for each phase: `{matrix}.weight` is then what decode reads, `{matrix}.rows.weight`, row by
 row, what prefill does.
 
-The file is a safetensors file; its metadata say how each matrix is packed. Everything else in it is float32.
+The file is a safetensors file; its metadata say how each matrix is packed. Scales, and everything else in it, are floats of one
+dtype, in which the graphs compute: F32, or F16 or BF16 for devices (`activation_dtype`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voidprune.errors import CheckpointError
-from voidprune.models.tensors import TensorRecord, read_header, read_metadata, read_rows
+from voidprune.models.tensors import FLOAT_DTYPES, PRECISIONS, TensorRecord, read_header, read_metadata, read_rows
 from voidprune.schedule import Phase
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ BITS = (4, 8)
 ROUNDINGS = ("nearest", "gptq")
 """How matrices in 4 bits may be rounded."""
 BLOCK_SIZES = (32, 128)
+ACTIVATIONS = ("int8", "fp32", "fp16", "bf16")
+"""What products round the other factor to; in "fp16" and "bf16" the graphs compute everything in these 16 bits."""
 METADATA_KEY = "voidprune.packed"
 
 
@@ -54,6 +57,11 @@ def multiplies_rows(precision: str, phase: Phase) -> bool:
 def differs_by_phase(precision: str) -> bool:
     """Whether each phase has matrices of its own."""
     return multiplies_rows(precision, Phase.PREFILL) != multiplies_rows(precision, Phase.DECODE)
+
+
+def activation_dtype(activations: str) -> str:
+    """The dtype in which graphs with such activations compute, and in which what is not packed is stored."""
+    return "F32" if activations == "int8" else PRECISIONS[activations]
 
 
 def packed_file(precision: str) -> str:
@@ -157,6 +165,7 @@ def read_packed(file: Path, phase: Phase = Phase.DECODE) -> dict[str, TensorReco
     records = read_header(file)
     described = _read_formats(file)
     tensors = dict(records)
+    floats = next((record.dtype for record in records.values() if record.dtype in FLOAT_DTYPES), "F32")
     for name, (blocks, columns) in described.items():
         parts = [name, side_name(name, "scales")] + ([side_name(name, "zero_points")] if blocks.zero_points else [])
         if missing := [part for part in parts if part not in records]:
@@ -165,7 +174,7 @@ def read_packed(file: Path, phase: Phase = Phase.DECODE) -> dict[str, TensorReco
         rows = packed.shape[0] if packed.shape else 0
         expected = [
             (packed, blocks.dtype, blocks.numbers_shape(rows, columns)),
-            (scales, "F32", blocks.scales_shape(rows, columns)),
+            (scales, floats, blocks.scales_shape(rows, columns)),
             *((part, "U8", (rows, blocks.zero_point_bytes(columns))) for part in zero_points),
         ]
         for part, dtype, shape in expected:

@@ -22,7 +22,7 @@ from voidprune.pipeline.gates import Gates
 from voidprune.pipeline.heal import heal_model
 from voidprune.pipeline.models import open_model
 from voidprune.pipeline.plan import Calibrated, PlanRequest, plan_from_model
-from voidprune.pipeline.precision import PackingRequest, measure_packed_sizes
+from voidprune.pipeline.precision import PackingRequest, default_activations, measure_packed_sizes
 from voidprune.pipeline.profile import profile_model
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.pipeline.samples import Answering
@@ -227,6 +227,7 @@ def _packing_request(recipe: CompressionRecipe, calibrated: Calibrated) -> Packi
         export.precision,
         block_size=export.block_size,
         zero_points=export.zero_points,
+        activations=default_activations(export.precision),
         rounding=export.rounding,
         calibrated=calibrated,
     )

@@ -13,7 +13,7 @@ from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, slim_bytes, slim
 from voidprune.export.quantize import Packing, packed_bytes
 from voidprune.models.checkpoint import PRECISIONS, Checkpoint
 from voidprune.models.graph_architecture import describe_graph_architecture
-from voidprune.models.packed import multiplies_rows
+from voidprune.models.packed import activation_dtype, multiplies_rows
 from voidprune.models.pretrained import check_quantized_runs
 from voidprune.models.tensors import fetch_tensors, missing_bytes
 from voidprune.pipeline.models import default_provider
@@ -142,25 +142,46 @@ def check_graphs(
 ) -> None:
     """Refuse, before layers are chosen or anything is copied, graphs that could not be written or not be run.
 
-    Raises ModelError; RuntimeProviderError for bf16 on the CPU, and for products of rows (w8a8) anywhere else.
+    Raises ModelError; RuntimeProviderError for bf16 on the CPU, and for products of rows (w8a8) and for attention in float32
+    anywhere else.
     """
     if packing is not None:
         check_packing(packing, formats=formats, operators=operators, layout=layout)
     if "onnx" not in formats:
         return
-    describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)
+    shape = describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)
     provider = provider or default_provider()
+    if shape.score_softcap and provider == "cuda":
+        raise RuntimeProviderError(
+            f"{checkpoint.name} caps attention scores, and onnxruntime leaves that out on CUDA",
+            hint="use --provider cpu, or --format hf",
+        )
     rows = packing is not None and multiplies_rows(packing.precision, Phase.PREFILL)
     if packing is not None and rows and operators == "ort" and provider == "cuda":
         raise RuntimeProviderError(
             f"{packing.precision} multiplies by an operator (QGemm) for which onnxruntime has no kernel on CUDA",
             hint="export with --precision int8 or int4, or use --provider cpu",
         )
-    dtype = PRECISIONS.get(precision, checkpoint.dtype)
-    if dtype == "BF16" and packing is None and provider == "cpu":
+    if packing is not None and operators == "standard" and provider == "cuda":
+        raise RuntimeProviderError(
+            "onnxruntime has no kernel on CUDA for matrices packed as the standard has them (DequantizeLinear of blocks)",
+            hint="export with --ops ort, or use --provider cpu",
+        )
+    dtype = PRECISIONS.get(precision, checkpoint.dtype) if packing is None else activation_dtype(packing.activations)
+    if dtype == "BF16" and provider == "cpu":
         raise RuntimeProviderError(
             f"the graphs of {checkpoint.name} would be in bf16, for which onnxruntime has no kernels on the CPU",
-            hint="export with --precision fp32, or use --provider cuda or --format hf",
+            hint="export with --precision fp32, or use --provider cuda or --format hf"
+            if packing is None
+            else "export with --activations int8, or use --provider cuda",
+        )
+    if dtype == "F32" and provider == "cuda" and operators == "ort":
+        raise RuntimeProviderError(
+            f"the graphs of {checkpoint.name} would attend in float32, for which onnxruntime has no kernel on CUDA"
+            " (GroupQueryAttention)",
+            hint="export with --precision fp16 or bf16, or with --ops standard, or use --provider cpu"
+            if packing is None
+            else "export with --activations fp16 or bf16, or use --provider cpu",
         )
 
 

@@ -29,10 +29,11 @@ from voidprune.export.quantize import (
 from voidprune.healing.rounding import round_layers, rounding_bytes
 from voidprune.healing.training_data import hold_out, prompt_hash
 from voidprune.models.checkpoint import Checkpoint, stored_bytes
-from voidprune.models.packed import BITS, FOUR_BIT_PRECISIONS, BlockFormat
+from voidprune.models.packed import BITS, FOUR_BIT_PRECISIONS, BlockFormat, activation_dtype, multiplies_rows
 from voidprune.models.pretrained import default_device, end_tokens, load_model, load_tokenizer
 from voidprune.models.sizes import ModelSizes, measure_sizes
 from voidprune.models.tensors import TensorRecord
+from voidprune.pipeline.models import default_provider
 from voidprune.pipeline.plan import Calibrated
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.profiling.calibration import Sample, encode_rows, require_responses
@@ -80,6 +81,15 @@ class PackingRequest:
         )
 
 
+def default_activations(precision: str, provider: str | None = None) -> str:
+    """What graphs of a precision compute with on `provider`, by default the one of this machine.
+
+    onnxruntime 1.31 has attention for CUDA in 16 bits alone (GroupQueryAttention), and products of rows for the CPU alone (QGemm).
+    """
+    on_device = (provider or default_provider()) == "cuda" and not multiplies_rows(precision, Phase.PREFILL)
+    return "fp16" if on_device else "int8"
+
+
 def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> ModelSizes:
     """Sizes of a model as its graphs will read it; in "mixed", as if every matrix of the layers had the average bits."""
     mixed = request.precision == "mixed"
@@ -96,7 +106,10 @@ def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> Mod
         return round(sizes[0] + share * (sizes[1] - sizes[0]))
 
     return measure_sizes(
-        checkpoint, dtype="F32", size_of=size_of, read_by_decode=lambda record: size_of(record, (Phase.DECODE,))
+        checkpoint,
+        dtype=activation_dtype(request.activations),
+        size_of=size_of,
+        read_by_decode=lambda record: size_of(record, (Phase.DECODE,)),
     )
 
 

@@ -21,11 +21,15 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
+from voidprune.execution.bindings import element_type
 from voidprune.execution.manifest import Manifest
 from voidprune.execution.node_writer import small_model
-from voidprune.execution.providers import PROVIDERS
+from voidprune.execution.providers import configured
+from voidprune.models.packed import activation_dtype
 from voidprune.quality.work import Work
 from voidprune.schedule import Phase
+
+Array = np.ndarray[Any, Any]
 
 LARGEST_BUFFER = 2**29
 """Bytes: beyond this a buffer is in no cache, and what it is read with does not change."""
@@ -38,6 +42,7 @@ _SHAPES = ((512, 1024, 4096), (512, 2048, 2048), (512, 896, 4864))
 The last is of no powers of two, at which rows fall into the same places of a cache: on a Xeon (Cascade Lake) it is multiplied
 at 249 GFLOP/s in float32, the others at 190.
 """
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CUDA_SHAPES = ((4096, 4096, 16384), (8192, 8192, 8192))
 
 
@@ -150,16 +155,17 @@ def _cuda_readers(step_bytes: int, _threads: int) -> Mapping[str, Measure]:
 def _products(manifest: Manifest, provider: str) -> Mapping[str, Sequence[Measure]]:
     """Ways to multiply what a bundle multiplies, and for each some shapes."""
     shapes = _CUDA_SHAPES if provider == "cuda" else _SHAPES
-    half = provider == "cuda" and manifest.quantization is None and manifest.dtype in ("F16", "BF16")
-    floats = {"F16": "float16", "BF16": "bfloat16"}[manifest.dtype] if half else "float32"
-    found: dict[str, list[Measure]] = {floats: [_float_product(shape, floats, provider) for shape in shapes]}
     packed = manifest.quantization
+    stored = manifest.dtype if packed is None else activation_dtype(packed.activations)
+    floats = _NAMES[stored if provider == "cuda" else "F32"]
+    found: dict[str, list[Measure]] = {floats: [_float_product(shape, floats, provider) for shape in shapes]}
     if packed is not None:
         in_blocks = not packed.multiplies_rows(Phase.DECODE)
         bits = {number for pair in packed.layer_bits for number in pair}
         for number in sorted(bits if in_blocks else ()):
             found[f"{number} bits in blocks of {packed.block_size}"] = [
-                _packed_product(shape, number, packed.block_size, packed.activations, provider) for shape in shapes
+                _packed_product(shape, number, packed.block_size, packed.activations, floats, provider)
+                for shape in shapes
             ]
         if packed.activations == "int8" and provider == "cpu":
             found["8 by 8 bits"] = [_integer_product(shape) for shape in shapes]
@@ -170,25 +176,20 @@ def _float_product(shape: tuple[int, int, int], dtype: str, provider: str) -> Me
     import onnx
 
     rows, inner, outer = shape
-    kind = {
-        "float32": onnx.TensorProto.FLOAT,
-        "float16": onnx.TensorProto.FLOAT16,
-        "bfloat16": onnx.TensorProto.BFLOAT16,
-    }[dtype]
-    weight = onnx.TensorProto(name="b", data_type=kind, dims=[inner, outer])
-    weight.raw_data = bytes(inner * outer * (4 if dtype == "float32" else 2))
     node = onnx.helper.make_node("MatMul", ["a", "b"], ["c"])
-    return _timed_product(node, kind, (rows, inner, outer), [weight], provider)
+    return _timed_product(
+        node, dtype, (rows, inner, outer), [_initializer("b", _noise((inner, outer), dtype))], provider
+    )
 
 
 def _packed_product(
-    shape: tuple[int, int, int], bits: int, block_size: int, activations: str, provider: str
+    shape: tuple[int, int, int], bits: int, block_size: int, activations: str, dtype: str, provider: str
 ) -> Measure:
     import onnx
 
     rows, inner, outer = shape
-    weight = np.zeros((outer, inner // block_size, block_size * bits // 8), np.uint8)
-    scales = np.ones((outer, inner // block_size), np.float32)
+    weight = _noise((outer, inner // block_size, block_size * bits // 8), "uint8")
+    scales = _noise((outer, inner // block_size), dtype)
     node = onnx.helper.make_node(
         "MatMulNBits",
         ["a", "b", "scales"],
@@ -200,26 +201,41 @@ def _packed_product(
         block_size=block_size,
         accuracy_level=4 if activations == "int8" else 0,
     )
-    initializers = [onnx.numpy_helper.from_array(weight, "b"), onnx.numpy_helper.from_array(scales, "scales")]
-    return _timed_product(node, onnx.TensorProto.FLOAT, (rows, inner, outer), initializers, provider)
+    initializers = [_initializer("b", weight), _initializer("scales", scales)]
+    return _timed_product(node, dtype, (rows, inner, outer), initializers, provider)
 
 
 def _integer_product(shape: tuple[int, int, int]) -> Measure:
     import onnx
 
     rows, inner, outer = shape
-    weight = onnx.numpy_helper.from_array(np.zeros((inner, outer), np.int8), "b")
     node = onnx.helper.make_node("MatMulInteger", ["a", "b"], ["c"])
-    return _timed_product(node, onnx.TensorProto.UINT8, (rows, inner, outer), [weight], "cpu")
+    weight = _initializer("b", _noise((inner, outer), "int8"))
+    return _timed_product(node, "uint8", (rows, inner, outer), [weight], "cpu")
+
+
+def _noise(shape: tuple[int, ...], dtype: str) -> Array:
+    """Random numbers, over and over: a device multiplies zeros faster than anything else, for it takes less power."""
+    random = np.random.default_rng(0).integers(-99, 100, 2**16)
+    return np.resize(random, shape).astype(dtype) if "int" in dtype else (np.resize(random, shape) / 100).astype(dtype)
+
+
+def _initializer(name: str, array: Array) -> Any:
+    import onnx
+
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    return onnx.TensorProto(name=name, data_type=kind, dims=array.shape, raw_data=array.tobytes())
 
 
 def _timed_product(
-    node: Any, kind: int, shape: tuple[int, int, int], initializers: Sequence[Any], provider: str
+    node: Any, dtype: str, shape: tuple[int, int, int], initializers: Sequence[Any], provider: str
 ) -> Measure:
     """Operations a second of a session with one product, whose factors and result stay on its device."""
     import onnx
 
     rows, inner, outer = shape
+    factors = _noise((rows, inner), dtype)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(factors.dtype)
     result = onnx.TensorProto.INT32 if node.op_type == "MatMulInteger" else kind
     graph = onnx.helper.make_graph(
         [node],
@@ -232,13 +248,12 @@ def _timed_product(
     with contextlib.suppress(Fail):  # the process has its pool already
         ort.set_global_thread_pool_sizes(0, 1)
     options.use_per_session_threads = False
-    session = ort.InferenceSession(small_model(graph), options, providers=[PROVIDERS[provider]])
+    session = ort.InferenceSession(small_model(graph), options, providers=[configured(provider)])
     binding = session.io_binding()
-    known: dict[int, Any] = {onnx.TensorProto.UINT8: np.uint8, onnx.TensorProto.FLOAT: np.float32}
-    dtype = known.get(kind)
-    bits = np.zeros((rows, inner), dtype or np.uint16)  # zeros of 16 bits are the same bytes in any type
+    # numpy's bfloat16 is not onnxruntime's, and its bits are nobody's.
+    bits = factors.view(np.uint16) if factors.itemsize == 2 else factors
     factor = ort.OrtValue.ortvalue_from_numpy(bits, provider)
-    binding.bind_input("a", provider, 0, dtype or kind, factor.shape(), factor.data_ptr())
+    binding.bind_input("a", provider, 0, element_type(factors.dtype), factor.shape(), factor.data_ptr())
     binding.bind_output("c", provider)
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()

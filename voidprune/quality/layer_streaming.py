@@ -58,13 +58,15 @@ def streamed_model(
             handle.remove()
 
 
-def resident_model(checkpoint: Checkpoint, *, device: str = "cpu", dropped: Collection[int] = ()) -> PreTrainedModel:
-    """The same in float32, each part loaded when it is first called and kept: how packed matrices are run in torch.
+def resident_model(
+    checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "cpu", dropped: Collection[int] = ()
+) -> PreTrainedModel:
+    """The same in `dtype`, each part loaded when it is first called and kept: how packed matrices are run in torch.
 
     Raises ModelError, also when it is run.
     """
-    model = _build_empty(checkpoint, dtype="F32", device=device)
-    weights = _StoredWeights(checkpoint, model, through="F32", dtype="F32", dropped=dropped)
+    model = _build_empty(checkpoint, dtype=dtype, device=device)
+    weights = _StoredWeights(checkpoint, model, through=dtype, dtype=dtype, dropped=dropped)
     for path, unit in _units(model, layers=checkpoint.architecture.spec.modules.layers):
         _fill_once(unit, _fill(path, weights, device=device))
     return model

@@ -194,7 +194,7 @@ def count_passes(folder: Path) -> int:
     if manifest.has_checkpoint:
         passes += 2 + (manifest.dtype != "F32")
     if (quantization := manifest.quantization) is not None:
-        return passes + (4 if quantization.activations == "int8" else 2)
+        return passes + {"int8": 4, "fp32": 2}.get(quantization.activations, 3)
     return passes + bool(manifest.graphs)
 
 

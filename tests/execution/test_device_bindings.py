@@ -1,0 +1,168 @@
+"""Sessions whose tensors live on a device. Tried on the CPU, a device of torch like any other; capturing is CUDA's alone."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Bundle, GetModel, MakeBundle
+from tests.execution.test_session import mixed, random_prompts
+from voidprune.execution import providers
+from voidprune.execution import session as session_module
+from voidprune.execution.device_bindings import MOST_CAPTURES, DeviceBinding, DeviceHead
+from voidprune.execution.session import BundleSession
+from voidprune.quality.parity import TOLERANCE
+from voidprune.schedule import Phase
+
+
+@contextmanager
+def opened_on_device(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[BundleSession]:
+    """As on CUDA: weights lent by torch, a session a graph, steps that are captured."""
+
+    def open_sessions(folder, manifest, *, provider, prepack, as_exported):
+        graphs = {phase: folder / graph.file for phase, graph in manifest.graphs.items()}
+        return providers._open_on_device(graphs, provider=provider)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module, "open_sessions", open_sessions)
+        session = BundleSession(bundle.folder)
+    assert session.lives_on_device
+    yield session
+
+
+@pytest.fixture(params=["llama", "gemma2", "llama-one-kv-head"])
+def bundle(request: pytest.FixtureRequest, get_model: GetModel, make_bundle: MakeBundle) -> Bundle:
+    model = get_model(request.param)
+    return make_bundle(model, mixed(model))
+
+
+@pytest.fixture
+def session(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[BundleSession]:
+    with opened_on_device(bundle, monkeypatch) as opened:
+        yield opened
+
+
+def test_it_says_what_a_session_on_the_host_says(bundle: Bundle, session: BundleSession) -> None:
+    prompts = random_prompts(bundle.source, [5, 1, 9])
+    assert session.generate(prompts, max_new_tokens=12) == bundle.session.generate(prompts, max_new_tokens=12)
+    responses = random_prompts(bundle.source, [6, 1, 3], seed=1)
+    for found, expected in zip(
+        session.score(prompts, responses), bundle.session.score(prompts, responses), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+def test_turns_steps_and_forgetting_leave_the_logits_of_the_host(bundle: Bundle, session: BundleSession) -> None:
+    """Steps have a mask as wide as the buffers, prompts one as wide as they need: behind a row's end is nothing for both."""
+    first, second = random_prompts(bundle.source, [4, 7]), random_prompts(bundle.source, [3, 2], seed=1)
+    steps = np.array(random_prompts(bundle.source, [2, 2], seed=2))
+    talks = [running.start(2, max_positions=40) for running in (session, bundle.session)]
+
+    def agree(*results: np.ndarray) -> None:
+        np.testing.assert_allclose(*results, atol=TOLERANCE)
+
+    agree(*(talk.prefill(first) for talk in talks))
+    for column in (0, 1):
+        agree(*(talk.decode(steps[:, column : column + 1]) for talk in talks))
+    agree(*(talk.prefill(second) for talk in talks))
+    agree(*(talk.decode(steps) for talk in talks))
+    for talk in talks:
+        talk.rewind(3)
+    agree(*(talk.decode(steps[:, :1]) for talk in talks))
+    tokens = [talk.decode_greedily(steps[:, 1:]) for talk in talks]
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_a_result_that_is_kept_is_not_overwritten_by_the_next_step(bundle: Bundle, session: BundleSession) -> None:
+    talk = session.start(max_positions=20)
+    talk.prefill(random_prompts(bundle.source, [4]))
+    before = talk.decode(np.array([[5]]))
+    kept = before.copy()
+    talk.decode(np.array([[6]]))
+    np.testing.assert_array_equal(before, kept)
+
+
+def test_buffers_go_from_one_conversation_to_the_next_of_their_size(bundle: Bundle, session: BundleSession) -> None:
+    prompts = random_prompts(bundle.source, [8])
+    expected = session.generate(prompts, max_new_tokens=9)
+    gc.collect()
+    left = session.captures_left
+    poisoned = session.start(max_positions=17)
+    assert poisoned._on_device is not None
+    buffers = poisoned._on_device.tensors
+    for tensor in buffers.values():
+        tensor.fill_(float("nan"))
+    del poisoned
+    gc.collect()
+    assert session.generate(prompts, max_new_tokens=9) == expected, "what was in them is gone"
+    assert session.captures_left == left == MOST_CAPTURES - 1, "steps that were captured serve again"
+    addresses = {name: tensor.data_ptr() for name, tensor in buffers.items()}
+    gc.collect()
+    talks = [session.start(max_positions=17) for _ in range(2)]
+    places = [{name: tensor.data_ptr() for name, tensor in talk._on_device.tensors.items()} for talk in talks]
+    assert places[0] == addresses
+    assert not set(places[0].values()) & set(places[1].values()), "two at a time have their own"
+
+
+def test_where_nothing_more_may_be_captured_steps_are_run_as_they_are(bundle: Bundle, session: BundleSession) -> None:
+    session.captures_left = 1
+    prompts = random_prompts(bundle.source, [4, 4])
+    expected = bundle.session.generate(prompts, max_new_tokens=5)
+    talks = [session.start(2, max_positions=12) for _ in range(2)]
+    for talk in talks:
+        tokens = [talk.prefill_greedily(prompts)]
+        for _ in range(4):
+            tokens.append(talk.decode_greedily(tokens[-1][:, np.newaxis])[:, -1])
+        assert np.stack(tokens, axis=1).tolist() == expected
+    captured = [
+        binding.is_captured
+        for talk in talks
+        for key, binding in talk._on_device.bindings.items()
+        if key[0] is Phase.DECODE
+    ]
+    assert captured == [True, False]
+
+
+def test_buffers_are_no_longer_than_the_context(bundle: Bundle, session: BundleSession) -> None:
+    context = session.manifest.context_length
+    assert session.start(max_positions=context).num_positions == context
+    assert session.start(max_positions=1).num_positions == min(128, context)
+
+
+def test_an_input_stays_where_it_is_while_its_shape_does(session: BundleSession) -> None:
+    binding = DeviceBinding(session.sessions[Phase.DECODE], device="cpu", capture=3)
+    binding.feed_mask([1, 3], 4)
+    mask = binding._tensors["attention_mask"]
+    assert mask.tolist() == [[1, 0, 0, 0], [1, 1, 1, 0]]
+    binding.feed_mask([2, 4], 4)
+    assert binding._tensors["attention_mask"] is mask
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    binding.feed_mask([5, 4], 5)
+    assert binding._tensors["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
+    tokens = np.array([[7], [8]])
+    binding.feed("input_ids", tokens)
+    held = binding._tensors["input_ids"]
+    tokens[...] = 9
+    assert held.tolist() == [[7], [8]], "it is a copy"
+    binding.feed("input_ids", tokens)
+    assert binding._tensors["input_ids"] is held
+    assert held.tolist() == [[9], [9]]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_head_on_a_device_gives_numbers_of_the_host(kind: torch.dtype) -> None:
+    logits_BTV = torch.tensor([[[0.5, 2.0, 2.0], [3.0, 1.0, -1.0]]], dtype=kind)
+    head = DeviceHead(3)
+    found = head.logits(logits_BTV)
+    assert found.dtype == (ml_dtypes.bfloat16 if kind is torch.bfloat16 else np.dtype(str(kind).removeprefix("torch.")))
+    np.testing.assert_array_equal(found.astype(np.float32), logits_BTV.float().numpy())
+    assert head.likeliest(logits_BTV).tolist() == [[1, 0]]
+    logits_BTV.zero_()
+    assert found.astype(np.float32).any(), "in memory of their own"
+    assert head.join([logits_BTV, logits_BTV], axis=1).shape == (1, 4, 3)
