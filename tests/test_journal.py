@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from voidprune import journal as journal_module
 from voidprune.errors import ArtifactError, OutputError
 from voidprune.journal import Journal
 
@@ -104,6 +105,22 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match="nothing can be written into"):
         Journal(tmp_path / "file" / "out.json", key=KEY)
+
+
+def test_the_disk_is_waited_for_once_a_second_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waits = [0.0], []
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
+    journal = Journal(tmp_path / "out.json", key=KEY)
+    monkeypatch.setattr(journal_module.os, "fsync", lambda _: waits.append(now[0]))
+    for moment in (0.1, 0.6, 1.0, 1.5, 2.5, 2.6):
+        now[0] = moment
+        journal.record(f"{moment}", moment)
+        assert f"{moment}" in partial(tmp_path / "out.json").read_text(), "at once where another process finds it"
+    journal.close()
+    journal.close()
+    assert waits == [1.0, 2.5, 2.6]
+    journal.remove()
+    assert waits == [1.0, 2.5, 2.6], "what goes away is not waited for"
 
 
 def test_a_killed_process_leaves_what_it_finished(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 Beside the output there lies `<output>.partial`, one JSON object a line:
 
     {"key": {...}, "schema": "voidprune.journal/1"}      what determines every value of the run
-    {"step": "...", "value": ...}                        a finished step; appended, flushed to the disk
+    {"step": "...", "value": ...}                        a finished step, appended
 
-A last line that was torn is cut off and its step is done again. What the steps are, and that a step gives the same value
+A run that is killed loses no step that was recorded, and one whose machine fails the last second at most. A last line that was torn
+is cut off and its step is done again. What the steps are, and that a step gives the same value
 whenever it is run, is the business of the caller. Floats come back bit by bit.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,8 @@ from voidprune import artifacts
 from voidprune.errors import ArtifactError
 
 KIND, VERSION = "journal", 1
+SYNC_SECONDS = 1.0
+"""Between waits for the disk: one takes milliseconds, and so may a batch on a GPU."""
 
 
 class Journal:
@@ -47,6 +51,7 @@ class Journal:
                 artifacts.write_file(self.path, _line(header))
             os.truncate(self.path, self._load())
             self._file = self.path.open("ab")
+        self._synced = time.monotonic()
 
     def _check_header(self, expected: Mapping[str, Any], *, overwrite: bool) -> None:
         assert self.path is not None
@@ -82,7 +87,7 @@ class Journal:
         return self._values.get(step)
 
     def record(self, step: str, value: Any) -> None:
-        """Keep the value of a finished step: a JSON value, but not None. It is on the disk when this returns.
+        """Keep the value of a finished step: a JSON value, but not None.
 
         Tuples become lists, as they would in a run that is resumed.
         """
@@ -94,20 +99,30 @@ class Journal:
         with artifacts.disk_errors(self.path):
             self._file.write(line)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if time.monotonic() - self._synced >= SYNC_SECONDS:
+                self._sync()
         self._values[step] = json.loads(line)["value"]
 
     @property
     def num_finished(self) -> int:
         return len(self._values)
 
+    def _sync(self) -> None:
+        assert self._file is not None
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
     def close(self) -> None:
-        if self._file is not None:
+        if self._file is not None and not self._file.closed:
+            assert self.path is not None
+            with artifacts.disk_errors(self.path):
+                self._sync()
             self._file.close()
 
     def remove(self) -> None:
         """The output stands: nothing is left to resume."""
-        self.close()
+        if self._file is not None:
+            self._file.close()
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
