@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -17,8 +20,9 @@ from voidprune.execution import providers
 from voidprune.execution import session as session_module
 from voidprune.execution.device_bindings import MOST_CAPTURES, DeviceBinding, DeviceHead
 from voidprune.execution.session import BundleSession
+from voidprune.export.bundle import export_bundle
 from voidprune.quality.parity import TOLERANCE
-from voidprune.schedule import Phase
+from voidprune.schedule import Phase, full_schedule
 
 
 @contextmanager
@@ -123,10 +127,69 @@ def test_where_nothing_more_may_be_captured_steps_are_run_as_they_are(bundle: Bu
     captured = [
         binding.is_captured
         for talk in talks
-        for key, binding in talk._on_device.bindings.items()
-        if key[0] is Phase.DECODE
+        for (phase, _, _, repeats), binding in talk._on_device.bindings.items()
+        if phase is Phase.DECODE and repeats
     ]
     assert captured == [True, False]
+
+
+@pytest.mark.parametrize("interrupted", ["bind_input", "bind_output"])
+def test_an_interrupted_turn_leaves_nothing_that_is_not_bound(
+    bundle: Bundle, session: BundleSession, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    """As by Ctrl-C in a chat, which goes on with the same buffers."""
+    first, second = random_prompts(bundle.source, [4]), random_prompts(bundle.source, [6], seed=1)
+    talks = [running.start(max_positions=30) for running in (session, bundle.session)]
+    for talk in talks:
+        talk.prefill(first)
+        talk.decode(np.array([[5]]))
+        talk.decode(np.array([[6]]))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for say in (lambda talk: talk.prefill(second), lambda talk: talk.decode(np.array([[7, 8]]))):
+        with monkeypatch.context() as patch:
+            patch.setattr(ort.IOBinding, interrupted, stop)
+            with pytest.raises(KeyboardInterrupt):
+                say(talks[0])
+        np.testing.assert_allclose(say(talks[0]), say(talks[1]), atol=TOLERANCE)
+    np.testing.assert_allclose(*(talk.decode(np.array([[9]])) for talk in talks), atol=TOLERANCE)
+
+
+def test_a_first_step_is_not_captured_and_buffers_of_another_size_make_room(
+    bundle: Bundle, session: BundleSession
+) -> None:
+    prompts, responses = random_prompts(bundle.source, [4]), random_prompts(bundle.source, [2], seed=1)
+    session.score(prompts, responses)
+    assert session.captures_left == MOST_CAPTURES
+    session.generate(prompts, max_new_tokens=3)
+    assert session.captures_left == MOST_CAPTURES - 1
+    gc.collect()
+    assert session._spare is not None
+    held = weakref.ref(next(iter(session._spare[1].tensors.values())))
+    made, make = [], session_module.DeviceBuffers.make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            session_module.DeviceBuffers, "make", lambda *args, **how: (made.append(held()), make(*args, **how))[1]
+        )
+        session.start(2, max_positions=9)
+    assert made == [None], "those of the last conversation are gone before there are new ones"
+
+
+def test_one_graph_for_both_phases_lives_on_a_device_as_well(
+    get_model: GetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_model("llama")
+    schedule = full_schedule(model.identity)
+    manifest = export_bundle(
+        model.checkpoint, schedule, tmp_path / "one", layout="single", verify=lambda _: None, precision="fp16"
+    )
+    on_host = BundleSession(tmp_path / "one")
+    prompts = random_prompts(model, [5, 2])
+    with opened_on_device(Bundle(model, schedule, tmp_path / "one", manifest, on_host), monkeypatch) as session:
+        assert session.dtype == np.float16
+        assert session.generate(prompts, max_new_tokens=9) == on_host.generate(prompts, max_new_tokens=9)
 
 
 def test_buffers_are_no_longer_than_the_context(bundle: Bundle, session: BundleSession) -> None:

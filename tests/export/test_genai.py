@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.conftest import Bundle, GetModel, MakeBundle
+from tests.conftest import W8A8, W8A8_INT4, Bundle, GetModel, MakeBundle
 from tests.execution.test_session import mixed, random_prompts
 from tests.other_python import OtherPython, find_python
 from tests.tiny_models import TinyModel
@@ -260,7 +260,7 @@ def test_it_says_what_our_runner_says_of_the_demo_model(genai_python: OtherPytho
     assert_same_conversations(genai_python, tmp_path / "bundle", some_conversations(source))
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8", "w8a8", "w8a8-int4"])
+@pytest.mark.parametrize("precision", ["int4", "int8", W8A8, W8A8_INT4])
 def test_it_runs_packed_matrices(
     genai_python: OtherPython, get_model: GetModel, tmp_path: Path, precision: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,22 @@ def test_what_16_bits_do_not_hold_is_named(tmp_path: Path) -> None:
         )
     packing = uniform_packing("int4", NUM_LAYERS, activations="bf16")
     write_packed(source.checkpoint, range(NUM_LAYERS), tmp_path / "packed", packing)
+
+
+def test_scales_that_vanish_in_16_bits_are_named(tmp_path: Path) -> None:
+    source = build_model("llama", tmp_path / "source")
+    record = source.checkpoint.tensors["model.layers.1.mlp.up_proj.weight"]
+    tiny = np.random.default_rng(0).normal(0, 1e-6, record.shape).astype(np.float32)
+    with record.file.open("r+b") as file:
+        file.seek(record.offset)
+        file.write(tiny.tobytes())
+    for activations in ("int8", "bf16", "fp16"):
+        packing = uniform_packing("int8", NUM_LAYERS, activations=activations)
+        refused = pytest.raises(
+            CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight has blocks whose scales are too small"
+        )
+        with refused if activations == "fp16" else contextlib.nullcontext():
+            write_packed(source.checkpoint, range(NUM_LAYERS), tmp_path / "packed", packing)
 
 
 def test_what_one_product_spans_lies_side_by_side(llama: TinyModel, tmp_path: Path) -> None:

@@ -116,8 +116,9 @@ def test_every_format_equals_its_reference(
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2-tied", "stablelm"])
 @pytest.mark.parametrize(("precision", "settings"), [("int4", {}), ("int8", {"block_size": 128, "zero_points": True})])
+@pytest.mark.parametrize("formats", [("onnx",), ("hf", "onnx")])
 def test_graphs_in_16_bits_are_as_near_as_torch_in_16_bits(
-    get_model: GetModel, tmp_path: Path, name: str, precision: str, settings: dict[str, Any]
+    get_model: GetModel, tmp_path: Path, name: str, precision: str, settings: dict[str, Any], formats: tuple[str, ...]
 ) -> None:
     source, passes = get_model(name), []
     schedule = Schedule(model=source.identity, prefill=MIXED_PREFILL, decode=MIXED_DECODE)
@@ -132,7 +133,7 @@ def test_graphs_in_16_bits_are_as_near_as_torch_in_16_bits(
         return found
 
     manifest = export_bundle(
-        source.checkpoint, schedule, tmp_path / "out", verify=verify, formats=("onnx",), packing=packing
+        source.checkpoint, schedule, tmp_path / "out", verify=verify, formats=formats, packing=packing
     )
     parity = manifest.parity
     assert parity is not None
@@ -146,7 +147,11 @@ def test_graphs_in_16_bits_are_as_near_as_torch_in_16_bits(
         assert {kind for value, kind in types.items() if "." in str(value) or value == "logits"} == {
             onnx_ir.DataType.FLOAT16
         }
-    records = open_checkpoint(tmp_path / "out").tensors.values()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"stay within twice what torch loses when it computes in the same 16 bits, {parity.tolerance:.2g}" in card
+    assert manifest.dtype == "F32", "for transformers"
+    assert BundleSession(tmp_path / "out").weight_copies == 1
+    records = open_packed(tmp_path / "out" / packed_file(precision)).tensors.values()
     floats = {record.scales.dtype if isinstance(record, PackedRecord) else record.dtype for record in records}
     assert floats == {"F16"}
 
@@ -168,6 +173,28 @@ def test_graphs_that_lose_more_than_16_bits_do_are_refused(llama: TinyModel, tmp
         check_packed(folder, source=llama.checkpoint, schedule=schedule)
 
 
+@pytest.mark.parametrize("layer_streamed", [False, True])
+def test_what_overflows_in_16_bits_is_refused_by_name(tmp_path: Path, layer_streamed: bool) -> None:
+    source = build_model("llama", tmp_path / "source")
+    record = source.checkpoint.tensors["model.layers.2.mlp.down_proj.weight"]
+    with record.file.open("r+b") as file:
+        file.seek(record.offset)
+        file.write(np.full(record.shape, 40000, np.float32).tobytes())
+    schedule = full_schedule(source.identity)
+    memory = {"available_bytes": 300_000} if layer_streamed else {}
+    with pytest.raises(ParityError, match="the weights in F16 give logits that are not finite") as caught:
+        export_packed(source, schedule, tmp_path / "out", packing_of(schedule, "int8", activations="fp16"), **memory)
+    assert "--activations bf16" in str(caught.value.hint)
+
+
+def test_rows_of_whole_numbers_do_not_go_with_16_bits(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    for operators in ("ort", "standard"):
+        packing = packing_of(schedule, "w8a8", activations="fp16", zero_points=True)
+        with pytest.raises(ModelError, match="w8a8 multiplies by activations in 8 bits"):
+            export_packed(llama, schedule, tmp_path / "out", packing, operators=operators)
+
+
 def test_bf16_is_written_for_devices_and_refused_on_the_cpu(llama: TinyModel, tmp_path: Path) -> None:
     schedule = full_schedule(llama.identity)
     manifest = export_bundle(
@@ -180,7 +207,7 @@ def test_bf16_is_written_for_devices_and_refused_on_the_cpu(llama: TinyModel, tm
     )
     assert manifest.quantization is not None
     assert manifest.quantization.activations == "bf16"
-    assert open_checkpoint(tmp_path / "out").dtype == "BF16"
+    assert open_packed(tmp_path / "out" / packed_file("int4")).dtype == "BF16"
     with pytest.raises(RuntimeProviderError, match="cannot load"):
         BundleSession(tmp_path / "out")
 

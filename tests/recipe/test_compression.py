@@ -58,6 +58,7 @@ def test_every_key_is_read() -> None:
             "precision": "int4",
             "operators": "standard",
             "block_size": 128,
+            "activations": "fp32",
             "zero_points": True,
             "rounding": "gptq",
         },
@@ -91,7 +92,7 @@ def test_every_key_is_read() -> None:
         ),
         heal=HealPart(("linear", "distill"), "demo", 99, {"steps": 5}),
         evaluation=EvaluationPart("/data/i.jsonl", 4, 8, 0.5, 1.5),
-        export=ExportPart(("onnx",), "int4", "standard", 128, True, "gptq"),
+        export=ExportPart(("onnx",), "int4", "standard", 128, True, "fp32", "gptq"),
         bench=BenchPart(5, 6, 7),
     )
 
@@ -121,7 +122,7 @@ def test_a_benchmark_can_be_left_out() -> None:
         ({"export": {"precision": "int3"}}, "export: precision is 'int3'"),
         ({"export": {"precision": "int4", "block_size": 64}}, "export: block_size is 64"),
         ({"export": {"precision": "int4", "rounding": "up"}}, "export: rounding is 'up'"),
-        ({"export": {"precision": "fp16", "rounding": "gptq"}}, "rounding are of packed matrices, and fp16 has none"),
+        ({"export": {"precision": "fp16", "rounding": "gptq"}}, "rounding are of packed matrices; fp16 has none"),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:

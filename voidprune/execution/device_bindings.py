@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 BindingKey = tuple[Phase, int, int, bool]
-"""Phase, first row, last row + 1, and whether it is of steps that are captured."""
+"""Phase, first row, last row + 1, and whether it is of steps behind the first."""
 
 MOST_CAPTURES = 64
 """Of a session. onnxruntime 1.31 forgets none before the session ends; further conversations take the slower way."""
@@ -76,12 +76,12 @@ class DeviceBinding:
         """An input of whole numbers, which are copied: in place, where there was one of the same shape."""
         import torch
 
-        source = torch.from_numpy(np.ascontiguousarray(array, np.int64))
+        source = torch.tensor(np.asarray(array, np.int64))
         known = self._tensors.get(name)
         if known is not None and known.shape == source.shape:
             known.copy_(source)
             return
-        self._bind(name, source.to(self._device, copy=True))
+        self._bind(name, source.to(self._device))
 
     def feed_mask(self, lengths: Sequence[int], width: int) -> None:
         """MASK, [B, `width`]: ones for the tokens of each row, made where they are read."""
@@ -97,8 +97,9 @@ class DeviceBinding:
         torch.lt(columns, torch.tensor(lengths, device=self._device)[:, None], out=known)
 
     def _bind(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor
+        self._tensors.pop(name, None)  # whatever interrupts this, nothing is written to that is not bound
         self.bound.bind_input(name, self._device, 0, np.int64, list(tensor.shape), tensor.data_ptr())
+        self._tensors[name] = tensor
 
     def bind_result(self, name: str, shape: Sequence[int], dtype: np.dtype[Any], *, reuse: bool) -> Tensor:
         """Where the result will be. With `reuse`, and always of a captured step, that is where it was before."""
@@ -107,9 +108,12 @@ class DeviceBinding:
         result = self._tensors.get(LOGITS)
         if (reuse or self.is_captured) and result is not None and result.shape == tuple(shape):
             return result
-        result = self._tensors[LOGITS] = torch.empty(tuple(shape), dtype=_torch_dtype(dtype), device=self._device)
-        self.bound.bind_output(name, self._device, 0, element_type(dtype), list(shape), result.data_ptr())
-        return result
+        self._tensors.pop(LOGITS, None)
+        del result  # before there is another one
+        made = torch.empty(tuple(shape), dtype=_torch_dtype(dtype), device=self._device)
+        self.bound.bind_output(name, self._device, 0, element_type(dtype), list(shape), made.data_ptr())
+        self._tensors[LOGITS] = made
+        return made
 
     def run(self) -> None:
         import torch

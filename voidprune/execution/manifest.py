@@ -135,7 +135,8 @@ class Manifest:
     weights, `source_revision` its commit where it was fetched from the Hub piece by piece; `weights_header` is the SHA-256 of
     the headers of ours (see `checkpoint.weights_hash`); `files` maps each file to its SHA-256, `sizes` to its bytes. `operators`
     is the operator set of the graphs: "ort" or "standard".
-    `dtype` is that of the weights for transformers; with a `quantization`, the graphs read packed matrices and compute in float32.
+    `dtype` is that of the weights for transformers; with a `quantization`, the graphs read packed matrices, and compute in what its
+    `activations` say.
     `healing` is None where the weights are the source's.
     """
 

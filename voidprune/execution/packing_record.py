@@ -13,6 +13,7 @@ from voidprune.models.packed import (
     FOUR_BIT_PRECISIONS,
     PACKED_PRECISIONS,
     ROUNDINGS,
+    activation_dtype,
     differs_by_phase,
     multiplies_rows,
     packed_file,
@@ -68,6 +69,11 @@ class Quantization:
     @property
     def file(self) -> str:
         return packed_file(self.precision)
+
+    @property
+    def computes_in_16_bits(self) -> bool:
+        """Whether the graphs do."""
+        return activation_dtype(self.activations) != "F32"
 
     def multiplies_rows(self, phase: Phase) -> bool:
         """As `packed.multiplies_rows` says it of a precision."""

@@ -73,7 +73,7 @@ def open_sessions(
     packed = manifest.quantization
     if packed is not None and packed.multiplies_rows(Phase.PREFILL) and manifest.operators == "ort":
         require_integer_products(folder.name)
-    is_widened = packs_weights(manifest.dtype, quantized=False)
+    is_widened = packed is None and packs_weights(manifest.dtype, quantized=False)
     prepack = prepack or is_widened or packed is not None
     is_pair = len(set(graphs.values())) > 1
     # Weights in 16 bits are widened before they are packed, and a branch would widen those from outside at every step.
@@ -231,7 +231,7 @@ def open_session(
     if strays := stray_operators(session, wanted=wanted):
         raise RuntimeProviderError(
             f"onnxruntime would run {', '.join(strays)} of {name} on the CPU, not on {provider}",
-            hint="export in another precision, or use --provider cpu",
+            hint="export in another precision (of packed matrices: with --activations fp16), or use --provider cpu",
         )
     return session
 

@@ -124,6 +124,7 @@ class BundleSession:
         if spare is not None and spare[0] == (num_rows, num_positions):
             spare[1].clear()
             return spare[1]
+        del spare  # what does not fit makes room
         shapes = {
             argument.name: (num_rows, argument.shape[1], num_positions, argument.shape[3])
             for running in self.sessions.values()
@@ -217,6 +218,7 @@ class Conversation:
         self.buffers: dict[str, ort.OrtValue] = {}
         self._bindings: dict[BindingKey, Binding] = {}
         self._on_device: DeviceBuffers | None = None
+        self._num_steps = 0
         if session.lives_on_device:
             whole = -(-max_positions // _DEVICE_POSITIONS) * _DEVICE_POSITIONS
             self.num_positions = min(whole, session.manifest.context_length)
@@ -340,7 +342,8 @@ class Conversation:
         self._fit_buffers(max(*lengths, *self.lengths))
         head, num_outputs = self.session.head, 1 if self.session.last_only[phase] else num_tokens
         is_step = phase is Phase.DECODE and num_tokens == 1 and num_rows == len(self.tokens)
-        binding = self._binding(phase, rows, is_step=is_step)
+        binding = self._binding(phase, rows, repeats=is_step and self._num_steps > 0)
+        self._num_steps += is_step
         binding.feed("input_ids", tokens_BT)
         if self.session.takes_lengths:
             binding.feed(LENGTHS, np.array(lengths))
@@ -363,12 +366,15 @@ class Conversation:
                 hint="start the conversation with more positions",
             )
 
-    def _binding(self, phase: Phase, rows: slice, *, is_step: bool) -> Binding:
-        """Past and present bound to the rows' part of the buffers: rows lie one behind the other."""
+    def _binding(self, phase: Phase, rows: slice, *, repeats: bool) -> Binding:
+        """Past and present bound to the rows' part of the buffers: rows lie one behind the other.
+
+        `repeats`: for steps of all rows behind the first, which are worth capturing.
+        """
         bindings = self._bindings if self._on_device is None else self._on_device.bindings
-        key = (phase, rows.start, rows.stop, is_step)
+        key = (phase, rows.start, rows.stop, repeats)
         if key not in bindings:
-            binding, places = self._make_binding(phase, is_step=is_step), self._places
+            binding, places = self._make_binding(phase, repeats=repeats), self._places
             for name, choice in self.session.choices[phase].items():
                 binding.bound.bind_cpu_input(name, choice)
             for argument in self.session.sessions[phase].get_inputs():
@@ -387,12 +393,12 @@ class Conversation:
             bindings[key] = binding
         return bindings[key]
 
-    def _make_binding(self, phase: Phase, *, is_step: bool) -> Binding:
+    def _make_binding(self, phase: Phase, *, repeats: bool) -> Binding:
         session = self.session.sessions[phase]
         if self._on_device is None:
             return HostBinding(session, on_cpu=self.session.provider == "cpu")
         capture = None
-        if is_step and self.session.captures_left:
+        if repeats and self.session.captures_left:
             capture = self.session.captures_left = self.session.captures_left - 1
         return DeviceBinding(session, device=self.session.provider, capture=capture)
 

@@ -152,7 +152,7 @@ def export_bundle(
             schedule=original,
             kept_layers=original.union,
             slots=original.kv_layers,
-            dtype=slim.dtype,
+            dtype="F32" if slim.is_packed else slim.dtype,  # for transformers, which reads nothing that is packed
             context_length=slim.architecture.context_length,
             graphs=graphs,
             source=source.name,
@@ -255,7 +255,8 @@ def check_packing(packing: AskedPacking, *, formats: Collection[str], operators:
             f"{packing.precision} is a precision of ONNX graphs; transformers does not read it",
             hint="add --format onnx, or choose --precision keep, fp32, fp16 or bf16",
         )
-    if multiplies_rows(packing.precision, Phase.PREFILL) and packing.activations != "int8" and operators == "ort":
+    in_rows = multiplies_rows(packing.precision, Phase.PREFILL)
+    if in_rows and packing.activations not in (("int8",) if operators == "ort" else ("int8", "fp32")):
         raise ModelError(
             f"{packing.precision} multiplies by activations in 8 bits",
             hint="choose --precision int8 or int4, whose products can be exact",

@@ -167,7 +167,12 @@ def _render_parity(manifest: Manifest) -> str:
         compared = f"of the checkpoint, {parity.hf:.2g}{onnx}"
     packed = ""
     if manifest.quantization is not None:
-        packed = " The ONNX graphs are compared with what their packed matrices mean, and stay within 0.0001."
+        within = (
+            f"twice what torch loses when it computes in the same 16 bits, {parity.tolerance:.2g}"
+            if manifest.quantization.computes_in_16_bits
+            else "0.0001"
+        )
+        packed = f" The ONNX graphs are compared with what their packed matrices mean, and stay within {within}."
     if parity.rounded is not None:
         packed += (
             f" With activations rounded to 8 bits, as they run, they differ by {parity.rounded:.2g}; allowed is twice what the "

@@ -78,6 +78,8 @@ class Packing:
         return BlockFormat(bits=bits, block_size=self.block_size, zero_points=self.zero_points)
 
 
+_SCALE_ERROR = 2.0**-8
+"""Of weights, relative: as much may scales in 16 bits change where rounding changes less. bfloat16 itself is off by 2^-9."""
 UNIFORM_BITS = {"int4": 4, "int8": 8, "w8a8": 8, "w8a8-int4": 4}
 """Precisions in which all matrices have the same bits."""
 
@@ -192,7 +194,7 @@ def write_packed(
     for entry in entries:
         offsets[entry.name] = position
         position += entry.num_bytes
-    squares = {}
+    squares: dict[str, tuple[float, float]] = {}
     with file.open("wb") as opened, ThreadPoolExecutor(os.cpu_count()) as threads:
         opened.write(header)
         opened.truncate(position)
@@ -204,8 +206,16 @@ def write_packed(
                 continue
             job = functools.partial(_write_rows, write, entry, offsets, floats, rounded.get(entry.name))
             found = list(threads.map(job, *zip(*cut_rows(entry.source.shape), strict=True)))
-            if entry.blocks is not None and entry.name not in in_rows:
-                squares[entry.name] = (sum(error for error, _ in found), sum(weights for _, weights in found))
+            if entry.blocks is None:
+                continue
+            error, without, weights = (sum(part) for part in zip(*found, strict=True))
+            if error > 4 * without + _SCALE_ERROR**2 * weights:
+                raise CheckpointError(
+                    f"{entry.source.name} has blocks whose scales are too small for {floats.name}",
+                    hint="choose --activations bf16 or fp32",
+                )
+            if entry.name not in in_rows:
+                squares[entry.name] = error, weights
     return WeightErrors(squares)
 
 
@@ -287,8 +297,9 @@ def _write_rows(
     given: Rounded | None,
     start: int,
     stop: int,
-) -> tuple[float, float]:
-    """Some rows of a tensor, at their places. Returns the squares of error and weights."""
+) -> tuple[float, float, float]:
+    """Some rows of a tensor, at their places. Returns the squares of the error, of what it were with scales in float32, and of the
+    weights."""
     assert entry.source is not None
     weights = read_rows(entry.source, start, stop).astype(np.float32)
     if not np.isfinite(weights).all():
@@ -302,16 +313,23 @@ def _write_rows(
 
     if entry.blocks is None:
         put(entry.name, _as_floats(weights, floats, entry.source))
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     found = quantize_rows(weights, entry.blocks) if given is None else given.rows(start, stop)
     scales = _as_floats(found.scales, floats, entry.source)
-    found = found._replace(scales=scales.astype(np.float32))
+    stored = found._replace(scales=scales.astype(np.float32))
     put(entry.name, pack(found.numbers.reshape(stop - start, -1), entry.blocks))
     put(side_name(entry.name, "scales"), scales)
     if found.zero_points is not None:
         put(side_name(entry.name, "zero_points"), pack(found.zero_points, entry.blocks))
-    error = restore_numbers(found, entry.blocks)[:, : weights.shape[1]] - weights
-    return float(np.square(error, dtype=np.float64).sum()), float(np.square(weights, dtype=np.float64).sum())
+
+    error, without = (
+        _sum_squares(restore_numbers(one, entry.blocks)[:, : weights.shape[1]] - weights) for one in (stored, found)
+    )
+    return error, without, _sum_squares(weights)
+
+
+def _sum_squares(values: np.ndarray[Any, Any]) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
 
 
 def _as_floats(values: np.ndarray[Any, Any], floats: np.dtype[Any], source: TensorRecord) -> np.ndarray[Any, Any]:

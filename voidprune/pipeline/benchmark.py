@@ -111,11 +111,13 @@ def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned
 def _check_baseline(baseline: Manifest, pruned: Manifest, *, place: str) -> None:
     """Raise where a bundle is not the whole model of another, in the same precision."""
     baseline.schedule.check_model(pruned.schedule.model, place=place)
-    if not baseline.schedule.is_full or (baseline.precision, baseline.schedule.boundary) != (
-        pruned.precision,
-        pruned.schedule.boundary,
-    ):
+    settings = [
+        (one.precision, one.schedule.boundary, None if one.quantization is None else one.quantization.activations)
+        for one in (baseline, pruned)
+    ]
+    if not baseline.schedule.is_full or settings[0] != settings[1]:
         raise ModelError(
-            f"{place} is not the whole model in {pruned.precision} with the boundary {pruned.schedule.boundary}",
+            f"{place} is not the whole model in {pruned.precision} with the boundary {pruned.schedule.boundary}"
+            + ("" if pruned.quantization is None else f" and activations in {pruned.quantization.activations}"),
             hint="give the model itself as --baseline",
         )

@@ -59,14 +59,13 @@ class _Compression:
         self.request = _plan_request(recipe)
         self.rows = self.request.calibrated.rows()
         self.packing = _packing_request(recipe, self.request.calibrated)
-        if self.packing is not None:
-            check_graphs(
-                self.checkpoint,
-                formats=recipe.export.formats or default_formats(self.checkpoint)[0],
-                precision="keep",
-                operators=recipe.export.operators,
-                packing=self.packing,
-            )
+        check_graphs(
+            self.checkpoint,
+            formats=recipe.export.formats or default_formats(self.checkpoint)[0],
+            precision="keep" if self.packing is not None else recipe.export.precision,
+            operators=recipe.export.operators,
+            packing=self.packing,
+        )
         self.evaluation_rows = find_rows(recipe.evaluation.tasks, num_items=recipe.evaluation.num_items)
         self.gates = Gates(min_score=recipe.evaluation.min_score, max_ppl_ratio=recipe.evaluation.max_ppl_ratio)
         self.gates.check_rows(self.evaluation_rows, has_whole=True)
@@ -76,15 +75,22 @@ class _Compression:
         recipe = self.recipe
         shared = {"model": _model_key(self.checkpoint), "seed": recipe.seed, "dtype": recipe.dtype}
         shown = {**shared, "data": asdict(recipe.data), "rows": _rows_key(self.rows)}
+        # By default those of what the graphs run on, which may be another machine than that of a run that was killed.
+        computed = {} if self.packing is None else {"activations": self.packing.activations}
         plan = {
             **shown,
             "precision": recipe.export.precision,
             "blocks": [recipe.export.block_size, recipe.export.zero_points],
+            **computed,
             "plan": _plain(asdict(recipe.plan)),
             "judging": _rows_key(self.request.calibrated.judging_rows()),
         }
         evaluation = {**shared, "evaluation": asdict(recipe.evaluation), "rows": _rows_key(self.evaluation_rows)}
-        export = {**(shared if self.packing is None else shown), **asdict(recipe.export)}  # packing looks at samples
+        export = {
+            **(shared if self.packing is None else shown),
+            **asdict(recipe.export),
+            **computed,
+        }  # packing looks at samples
         healed = () if recipe.heal is None else (HEALED,)
         steps = [
             Step("profile", PROFILE, {**shown, "alpha": recipe.alpha}, (), self.profile),
@@ -227,7 +233,7 @@ def _packing_request(recipe: CompressionRecipe, calibrated: Calibrated) -> Packi
         export.precision,
         block_size=export.block_size,
         zero_points=export.zero_points,
-        activations=default_activations(export.precision),
+        activations=export.activations or default_activations(export.precision),
         rounding=export.rounding,
         calibrated=calibrated,
     )

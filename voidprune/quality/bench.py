@@ -281,7 +281,8 @@ def _room(session: BundleSession, num_positions: int) -> int:
 
 
 def time_prefill(session: BundleSession, prompts: Sequence[Sequence[int]]) -> float:
-    """Seconds until the first token of every row is chosen. Buffers are new, and making them is timed."""
+    """Seconds until the first token of every row is chosen. On a CPU buffers are made on the way, and making them is
+    timed."""
     conversation = session.start(len(prompts), max_positions=_room(session, len(prompts[0])))
     started = time.perf_counter()
     conversation.prefill_greedily(prompts)

@@ -176,6 +176,12 @@ def require_finite(expected: Sequence[Array], *, name: str) -> None:
         )
 
 
+def require_finite_tolerance(tolerance: float, *, dtype: str, hint: str) -> None:
+    """Raise ParityError where torch, run in 16 bits, gives logits that are not finite: then nothing says what is allowed."""
+    if not np.isfinite(tolerance):
+        raise ParityError(f"the weights in {dtype} give logits that are not finite", hint=hint)
+
+
 def require(difference: float, tolerance: float, *, what: str) -> None:
     """Raise ParityError where a difference is not within its tolerance."""
     if not difference <= tolerance:  # NaN fails too

@@ -23,7 +23,16 @@ from voidprune.execution.reference_by_phase import scheduled_by_phase
 from voidprune.execution.session import BundleSession
 from voidprune.export.onnx_graph import multiply_exactly, save_graph
 from voidprune.models.checkpoint import INDEX_FILE, Checkpoint, open_packed
-from voidprune.quality.driving import TOLERANCE, Cached, Drive, OnePass, largest_difference, require, require_finite
+from voidprune.quality.driving import (
+    TOLERANCE,
+    Cached,
+    Drive,
+    OnePass,
+    largest_difference,
+    require,
+    require_finite,
+    require_finite_tolerance,
+)
 from voidprune.quality.layer_streaming import resident_model, streamed_model
 from voidprune.schedule import Phase, Schedule
 
@@ -79,6 +88,8 @@ def check_packed(
         if packed.dtype != "F32":
             with scheduled(load(Phase.DECODE, packed.dtype), schedule) as in_16_bits:
                 exact_tolerance = 2 * largest_difference(drive.run_reference(in_16_bits), expected)
+            hint = "export with --activations bf16, or on a CPU with --activations int8"
+            require_finite_tolerance(exact_tolerance, dtype=packed.dtype, hint=hint)
             on_pass()
         if quantization.activations == "int8":
             with ExitStack() as rounded_by:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -37,6 +36,7 @@ from voidprune.quality.driving import (
     largest_difference,
     require,
     require_finite,
+    require_finite_tolerance,
 )
 from voidprune.quality.layer_streaming import largest_part, streamed_model
 from voidprune.quality.packed_parity import check_packed
@@ -71,6 +71,10 @@ def verify_bundle(
     needed = max(_loaded_bytes(source, "F32" if slim.is_packed else manifest.dtype), copy_bytes)
     if manifest.quantization is not None and manifest.quantization.differs_by_phase:
         needed = max(needed, 2 * _loaded_bytes(source, "F32"))  # a model for each phase
+    if manifest.quantization is not None and manifest.quantization.computes_in_16_bits:
+        needed = max(
+            needed, _loaded_bytes(source, "F32") + _loaded_bytes(source, "F16")
+        )  # one in float32, one in 16 bits
     fits = needed * HEADROOM <= available_bytes
     if not fits:
         _require_layer_fits(source, available_bytes)
@@ -102,7 +106,7 @@ def verify_bundle(
     packed = check_packed(
         folder, source=source, schedule=schedule, provider=provider, seed=seed, layer_streamed=not fits, on_pass=on_pass
     )
-    return replace(packed, hf=found.hf, tolerance=found.tolerance)
+    return replace(packed, hf=found.hf, tolerance=max(found.tolerance, packed.tolerance))  # each was held to its own
 
 
 def _require_layer_fits(source: Checkpoint, available_bytes: int) -> None:
@@ -168,6 +172,7 @@ def check_layers(
         if manifest.dtype != "F32":
             stored = run(slim, renumbered, dtype=manifest.dtype)
             tolerance = max(TOLERANCE, 2 * largest_difference(stored, expected))
+            require_finite_tolerance(tolerance, dtype=manifest.dtype, hint="export with --precision fp32")
         onnx = largest_difference(drive.run_session(BundleSession(folder, provider=provider, prepack=False)), expected)
         require(onnx, tolerance, what=f"the ONNX graphs on {provider}")
         on_pass()
@@ -241,11 +246,8 @@ def _check_whole(
     if manifest.dtype != "F32":
         truth = run_slim("fp32")
         tolerance = 2 * largest_difference(stored, truth)
-        if not np.isfinite(tolerance):
-            raise ParityError(
-                f"the weights in {manifest.dtype} give logits that are not finite",
-                hint="export with --precision fp32; if that says so too, it is the source",
-            )
+        hint = "export with --precision fp32; if that says so too, it is the source"
+        require_finite_tolerance(tolerance, dtype=manifest.dtype, hint=hint)
     hf = largest_difference(stored, expected)
     found = None
     if manifest.graphs and manifest.quantization is None:

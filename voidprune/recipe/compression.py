@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from voidprune.errors import BudgetError, RecipeError
-from voidprune.models.packed import BLOCK_SIZES, PACKED_PRECISIONS, ROUNDINGS
+from voidprune.models.packed import ACTIVATIONS, BLOCK_SIZES, PACKED_PRECISIONS, ROUNDINGS
 from voidprune.planning.budgets import Budget, parse_amount, parse_layers
 from voidprune.planning.criteria import CRITERIA
 from voidprune.planning.search import GOALS, SEARCHES
@@ -72,7 +72,7 @@ class EvaluationPart:
 class ExportPart:
     """What is written: the options of `voidprune export`. No `formats`: all that the family has.
 
-    `block_size`, `zero_points` and `rounding` are of packed matrices.
+    `block_size`, `zero_points`, `activations` and `rounding` are of packed matrices.
     """
 
     formats: tuple[str, ...] = ()
@@ -80,6 +80,7 @@ class ExportPart:
     operators: str = "ort"
     block_size: int = 32
     zero_points: bool = False
+    activations: str | None = None
     rounding: str = "nearest"
 
 
@@ -235,12 +236,14 @@ def _read_export(part: Section) -> ExportPart:
         operators=part.take("operators", one_of(("ort", "standard")), default="ort"),
         block_size=part.take("block_size", _block_size, default=32),
         zero_points=part.take("zero_points", boolean, default=False),
+        activations=part.take_optional("activations", one_of(ACTIVATIONS)),
         rounding=part.take("rounding", one_of(ROUNDINGS), default="nearest"),
     )
     is_packed = found.precision in PACKED_PRECISIONS
     if not is_packed and found != ExportPart(found.formats, found.precision, found.operators):
         raise RecipeError(
-            f"{part.place}: block_size, zero_points and rounding are of packed matrices, and {found.precision} has none",
+            f"{part.place}: block_size, zero_points, activations and rounding are of packed matrices;"
+            f" {found.precision} has none",
             hint=f"choose a precision of {', '.join(PACKED_PRECISIONS)}",
         )
     return found
