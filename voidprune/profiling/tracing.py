@@ -70,15 +70,16 @@ CHANGE, ATTENTION, BETWEEN, MLP, AFTER = range(5)  # |y - x|, |a|, |x + a|, |m|,
 class _Trace:
     """What the hooks write in one pass, into memory that is made before it: allocating between layers costs more than measuring.
 
-    `norms_LBT`: |x| of the residual stream in LAC's dtype, L + 1 of them, the embedding first. `lengths_LFBT`: the five lengths of
-    each layer in float32. `ends_LBPH`: the stream at the last token of each phase in float32, again L + 1.
+    On a GPU it is the number of kernels that costs, so what can be had from others is not measured again. `lengths_LFBT`: the five
+    lengths of each layer in float32. `ends_LBPH`: the stream at the last token of each phase in float32, L + 1 of them, the
+    embedding first.
     """
 
     def __init__(self, *, num_layers: int, norm_dtype: torch.dtype) -> None:
         self.num_layers = num_layers
         self.norm_dtype = norm_dtype
         self.multipliers = [1.0] * num_layers
-        self._scratch = torch.empty(0)
+        self._scratch = self._before = torch.empty(0)
 
     def begin(self, batch: PaddedBatch, *, hidden_size: int, device: torch.device) -> None:
         """Make room for a pass over `batch`."""
@@ -87,36 +88,39 @@ class _Trace:
         self.ends_LBPH = torch.empty(states, rows, len(Phase), hidden_size, device=device)
         self.lengths_LFBT = torch.empty(self.num_layers, 5, rows, width, device=device)
         self.embedding_length_BT = torch.empty(rows, width, device=device)
-        self.norms_LBT = torch.empty(states, rows, width, device=device, dtype=self.norm_dtype)
+        self._norms_LBT = torch.empty(states, rows, width, device=device, dtype=self.norm_dtype)
         if self._scratch.shape != (rows, width, hidden_size):
-            self._scratch = torch.empty(rows, width, hidden_size, device=device)
+            self._scratch, self._before = torch.empty(2, rows, width, hidden_size, device=device)
+
+    @property
+    def norms(self) -> Tensor:
+        """|x| of the residual stream in LAC's dtype, [L + 1, B, T], the embedding first."""
+        if self.norm_dtype is not torch.float32:
+            return self._norms_LBT
+        return torch.cat([self.embedding_length_BT.unsqueeze(0), self.lengths_LFBT[:, AFTER]])
 
     def read_stream(self, point: int, states_BTH: Tensor) -> None:
         """The stream before layer `point`; point L is after the last."""
         length_BT = self.lengths_LFBT[point - 1, AFTER] if point else self.embedding_length_BT
         _measure_length(states_BTH, out=length_BT)
-        if self.norm_dtype is torch.float32:
-            self.norms_LBT[point] = length_BT
-        else:
-            self.norms_LBT[point] = torch.linalg.vector_norm(states_BTH, dim=-1, dtype=self.norm_dtype)
+        if self.norm_dtype is not torch.float32:
+            torch.linalg.vector_norm(states_BTH, dim=-1, dtype=self.norm_dtype, out=self._norms_LBT[point])
         self.ends_LBPH[point] = states_BTH.flatten(0, 1).index_select(0, self.last).view_as(self.ends_LBPH[point])
 
     def read_attention(self, layer: int, before_BTH: Tensor, branch_BTH: Tensor) -> None:
         _measure_length(branch_BTH, out=self.lengths_LFBT[layer, ATTENTION])
-        between_BTH = self._add(before_BTH, branch_BTH, factor=self.multipliers[layer])
-        _measure_length(between_BTH, out=self.lengths_LFBT[layer, BETWEEN])
+        before = before_BTH if before_BTH.dtype is torch.float32 else self._before.copy_(before_BTH)
+        torch.add(before, branch_BTH, alpha=self.multipliers[layer], out=self._scratch)
+        _measure_length(self._scratch, out=self.lengths_LFBT[layer, BETWEEN])
 
     def read_mlp(self, layer: int, branch_BTH: Tensor) -> None:
         _measure_length(branch_BTH, out=self.lengths_LFBT[layer, MLP])
 
     def read_change(self, layer: int, before_BTH: Tensor, after_BTH: Tensor) -> None:
-        _measure_length(self._add(after_BTH, before_BTH, factor=-1.0), out=self.lengths_LFBT[layer, CHANGE])
-
-    def _add(self, one_BTH: Tensor, other_BTH: Tensor, *, factor: float) -> Tensor:
-        """one + factor * other in float32."""
-        if one_BTH.dtype is torch.float32:
-            return torch.add(one_BTH, other_BTH, alpha=factor, out=self._scratch)
-        return self._scratch.copy_(one_BTH).add_(other_BTH, alpha=factor)
+        """After `read_attention` of the layer, which has widened what was before."""
+        before = before_BTH if before_BTH.dtype is torch.float32 else self._before
+        torch.sub(after_BTH, before, out=self._scratch)
+        _measure_length(self._scratch, out=self.lengths_LFBT[layer, CHANGE])
 
 
 def _measure_length(vectors_BTH: Tensor, *, out: Tensor) -> None:
@@ -189,7 +193,7 @@ def _sum_measures(trace: _Trace, counted_PBT: Tensor, *, alpha: float) -> Array:
 
     One transfer from the device. Multiples of GRID.
     """
-    active_LBT = lac_activity(trace.norms_LBT, alpha)
+    active_LBT = lac_activity(trace.norms, alpha)
     lengths_LFBT, ends_BPLH = trace.lengths_LFBT, trace.ends_LBPH.permute(1, 2, 0, 3)
     embedding_length_BT = trace.embedding_length_BT
     if lengths_LFBT.device.type == "mps":  # which has no float64
