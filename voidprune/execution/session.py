@@ -348,7 +348,7 @@ class Conversation:
         if self.session.takes_lengths:
             binding.feed(LENGTHS, np.array(lengths))
         else:
-            # Always as wide: onnxruntime plans memory anew for every shape, which takes longer than a step.
+            # Always as wide: steps of a shape that was seen before took half of the time (docs/results.md, On a GPU).
             is_wide = is_step and self._on_device is not None
             binding.feed_mask(lengths, self.num_positions if is_wide else max(lengths))
         shape = (num_rows, num_outputs, head.width)
