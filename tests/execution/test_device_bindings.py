@@ -111,6 +111,7 @@ def test_buffers_go_from_one_conversation_to_the_next_of_their_size(bundle: Bund
     talks = [session.start(max_positions=17) for _ in range(2)]
     places = [{name: tensor.data_ptr() for name, tensor in talk._on_device.tensors.items()} for talk in talks]
     assert places[0] == addresses
+    assert all(not tensor.any() for tensor in talks[0]._on_device.tensors.values()), "what may be read is zeros"
     assert not set(places[0].values()) & set(places[1].values()), "two at a time have their own"
 
 
@@ -194,8 +195,12 @@ def test_one_graph_for_both_phases_lives_on_a_device_as_well(
 
 def test_buffers_are_no_longer_than_the_context(bundle: Bundle, session: BundleSession) -> None:
     context = session.manifest.context_length
-    assert session.start(max_positions=context).num_positions == context
-    assert session.start(max_positions=1).num_positions == min(128, context)
+    for asked, made in ((1, 128), (context, context), (128, 128), (129, context)):
+        talk = session.start(max_positions=asked)
+        assert talk.num_positions == made
+        assert {tensor.shape[2] for tensor in talk._on_device.tensors.values()} == {made}
+        del talk
+        gc.collect()  # and its buffers are there for the next one, if they fit
 
 
 def test_an_input_stays_where_it_is_while_its_shape_does(session: BundleSession) -> None:

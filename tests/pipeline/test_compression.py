@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from voidprune import artifacts
-from voidprune.errors import ModelError, QualityGateError
+from voidprune.errors import ModelError, QualityGateError, RuntimeProviderError
 from voidprune.execution.manifest import read_manifest
+from voidprune.pipeline import export as pipeline_export
+from voidprune.pipeline import precision
 from voidprune.pipeline.compression import compression_steps
 from voidprune.pipeline.steps import preview_steps, run_steps
 from voidprune.planning.budgets import Budget
@@ -111,6 +113,31 @@ def test_the_bytes_of_packed_matrices_are_planned_by(tmp_path: Path) -> None:
         plans.append(next(step.settings for step in steps if step.name == "plan"))
     assert plans[0] == plans[3] != plans[1]
     assert plans[2] not in (plans[0], plans[1])
+
+
+def test_what_packed_graphs_compute_in_is_part_of_what_steps_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is begun on one machine and ended on another: there the default is another."""
+
+    def settings(**changes: str) -> list[object]:
+        recipe = replace(RECIPE, export=replace(ExportPart(precision="int4"), **changes))  # type: ignore[arg-type]
+        steps = compression_steps(recipe, tmp_path / "out", write_report=write)
+        return [step.settings.get("activations") for step in steps if step.name in ("plan", "export")]
+
+    assert settings() == ["int8"] * 2
+    assert settings(activations="fp16") == ["fp16"] * 2
+    monkeypatch.setattr(precision, "default_provider", lambda: "cuda")
+    assert settings() == ["fp16"] * 2
+    assert settings(activations="fp32") == ["fp32"] * 2
+
+
+def test_graphs_that_would_not_run_are_refused_before_a_step_has_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_export, "default_provider", lambda: "cuda")
+    with pytest.raises(RuntimeProviderError, match="would attend in float32"):
+        compression_steps(RECIPE, tmp_path / "out", write_report=write)
 
 
 def test_packed_graphs_that_cannot_be_are_refused_before_a_step_has_run(tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from voidprune.errors import BudgetError, HealingError, ModelError, RuntimeProvi
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.reference import scheduled
 from voidprune.export.block_rounding import restore_rows
-from voidprune.export.quantize import LayerBits, average_bits, packed_bytes
+from voidprune.export.bundle import export_bundle
+from voidprune.export.quantize import LayerBits, average_bits, packed_bytes, uniform_packing
 from voidprune.healing.training_data import prompt_hash
 from voidprune.models.checkpoint import open_checkpoint
 from voidprune.models.packed import BlockFormat
 from voidprune.models.pretrained import load_model
+from voidprune.pipeline import benchmark, precision
 from voidprune.pipeline import export as pipeline_export
-from voidprune.pipeline import precision
 from voidprune.pipeline.benchmark import benchmark_bundle
 from voidprune.pipeline.evaluation import check_never_fitted_to
 from voidprune.pipeline.export import check_graphs, export_model
@@ -413,6 +414,24 @@ def test_graphs_that_cannot_be_are_refused_before_anything_is_planned(
 ) -> None:
     result = expect_error("export", "demo", "-o", tmp_path / "out", "--keep", 0.5, *options, message=message)
     assert result.stdout == ""
+
+
+def test_a_baseline_computes_in_what_the_bundle_does(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    manifests = {
+        activations: export_bundle(
+            llama.checkpoint,
+            schedule,
+            tmp_path / activations,
+            verify=lambda _: None,
+            formats=("onnx",),
+            packing=uniform_packing("int4", len(schedule.union), activations=activations),
+        )
+        for activations in ("int8", "fp16")
+    }
+    benchmark._check_baseline(manifests["fp16"], manifests["fp16"], place="whole")
+    with pytest.raises(ModelError, match=r"whole is not the whole model in int4 .* and activations in fp16"):
+        benchmark._check_baseline(manifests["int8"], manifests["fp16"], place="whole")
 
 
 def test_on_cuda_packed_graphs_compute_in_16_bits_unless_somebody_says_otherwise(

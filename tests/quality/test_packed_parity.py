@@ -173,6 +173,21 @@ def test_graphs_that_lose_more_than_16_bits_do_are_refused(llama: TinyModel, tmp
         check_packed(folder, source=llama.checkpoint, schedule=schedule)
 
 
+def test_packed_graphs_are_one_copy_beside_any_checkpoint(llama: TinyModel, tmp_path: Path) -> None:
+    schedule = full_schedule(llama.identity)
+    manifest = export_bundle(
+        llama.checkpoint,
+        schedule,
+        tmp_path / "out",
+        verify=lambda _: None,
+        formats=("hf", "onnx"),
+        precision="fp16",
+        packing=packing_of(schedule, "int4"),
+    )
+    assert manifest.dtype == "F16"
+    assert BundleSession(tmp_path / "out").weight_copies == 1
+
+
 @pytest.mark.parametrize("layer_streamed", [False, True])
 def test_what_overflows_in_16_bits_is_refused_by_name(tmp_path: Path, layer_streamed: bool) -> None:
     source = build_model("llama", tmp_path / "source")
