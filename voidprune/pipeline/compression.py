@@ -86,11 +86,8 @@ class _Compression:
             "judging": _rows_key(self.request.calibrated.judging_rows()),
         }
         evaluation = {**shared, "evaluation": asdict(recipe.evaluation), "rows": _rows_key(self.evaluation_rows)}
-        export = {
-            **(shared if self.packing is None else shown),
-            **asdict(recipe.export),
-            **computed,
-        }  # packing looks at samples
+        written = {name: value for name, value in asdict(recipe.export).items() if name != "activations"} | computed
+        export = {**(shared if self.packing is None else shown), **written}  # packing looks at samples
         healed = () if recipe.heal is None else (HEALED,)
         steps = [
             Step("profile", PROFILE, {**shown, "alpha": recipe.alpha}, (), self.profile),
