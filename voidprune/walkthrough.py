@@ -37,9 +37,9 @@ class DemoOutcome:
     benchmark: artifacts.Document
 
 
-# (scope, keep ratio): the part that is nearly free, the part that is not, and what is left of a headline ratio.
 PROVIDER = "cpu"
 """Of the graphs, which are in float32: onnxruntime has no attention in float32 on CUDA."""
+# (scope, keep ratio): the part that is nearly free, the part that is not, and what is left of a headline ratio.
 DEMO_BUDGETS = (("prefill", 0.5), ("decode", 0.75), ("bytes", 0.5))
 NUM_CHOOSING = 32
 NUM_REFINEMENTS = 24

@@ -65,6 +65,21 @@ def export_packed(
     )
 
 
+def export_unverified(
+    source: TinyModel, folder: Path, packing: Packing, *, formats: Collection[str] = ("onnx",), precision: str = "keep"
+) -> Manifest:
+    """Of the whole model."""
+    return export_bundle(
+        source.checkpoint,
+        full_schedule(source.identity),
+        folder,
+        verify=lambda _: None,
+        formats=formats,
+        precision=precision,
+        packing=packing,
+    )
+
+
 def packing_of(schedule: Schedule, precision: str, **settings: Any) -> Packing:
     return uniform_packing(precision, len(schedule.union), **settings)
 
@@ -175,14 +190,8 @@ def test_graphs_that_lose_more_than_16_bits_do_are_refused(llama: TinyModel, tmp
 
 def test_packed_graphs_are_one_copy_beside_any_checkpoint(llama: TinyModel, tmp_path: Path) -> None:
     schedule = full_schedule(llama.identity)
-    manifest = export_bundle(
-        llama.checkpoint,
-        schedule,
-        tmp_path / "out",
-        verify=lambda _: None,
-        formats=("hf", "onnx"),
-        precision="fp16",
-        packing=packing_of(schedule, "int4"),
+    manifest = export_unverified(
+        llama, tmp_path / "out", packing_of(schedule, "int4"), formats=("hf", "onnx"), precision="fp16"
     )
     assert manifest.dtype == "F16"
     assert BundleSession(tmp_path / "out").weight_copies == 1
@@ -212,14 +221,7 @@ def test_rows_of_whole_numbers_do_not_go_with_16_bits(llama: TinyModel, tmp_path
 
 def test_bf16_is_written_for_devices_and_refused_on_the_cpu(llama: TinyModel, tmp_path: Path) -> None:
     schedule = full_schedule(llama.identity)
-    manifest = export_bundle(
-        llama.checkpoint,
-        schedule,
-        tmp_path / "out",
-        verify=lambda _: None,
-        formats=("onnx",),
-        packing=packing_of(schedule, "int4", activations="bf16"),
-    )
+    manifest = export_unverified(llama, tmp_path / "out", packing_of(schedule, "int4", activations="bf16"))
     assert manifest.quantization is not None
     assert manifest.quantization.activations == "bf16"
     assert open_packed(tmp_path / "out" / packed_file("int4")).dtype == "BF16"

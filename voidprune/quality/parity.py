@@ -72,9 +72,8 @@ def verify_bundle(
     if manifest.quantization is not None and manifest.quantization.differs_by_phase:
         needed = max(needed, 2 * _loaded_bytes(source, "F32"))  # a model for each phase
     if manifest.quantization is not None and manifest.quantization.computes_in_16_bits:
-        needed = max(
-            needed, _loaded_bytes(source, "F32") + _loaded_bytes(source, "F16")
-        )  # one in float32, one in 16 bits
+        both = sum(_loaded_bytes(source, dtype) for dtype in ("F32", "F16"))  # the reference, and what it is judged by
+        needed = max(needed, both)
     fits = needed * HEADROOM <= available_bytes
     if not fits:
         _require_layer_fits(source, available_bytes)
