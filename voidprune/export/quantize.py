@@ -321,11 +321,11 @@ def _write_rows(
     put(side_name(entry.name, "scales"), scales)
     if found.zero_points is not None:
         put(side_name(entry.name, "zero_points"), pack(found.zero_points, entry.blocks))
-
-    error, without = (
-        _sum_squares(restore_numbers(one, entry.blocks)[:, : weights.shape[1]] - weights) for one in (stored, found)
-    )
-    return error, without, _sum_squares(weights)
+    errors = [
+        _sum_squares(restore_numbers(one, entry.blocks)[:, : weights.shape[1]] - weights)
+        for one in ((found,) if floats == np.float32 else (stored, found))
+    ]
+    return errors[0], errors[-1], _sum_squares(weights)
 
 
 def _sum_squares(values: np.ndarray[Any, Any]) -> float:
@@ -333,7 +333,9 @@ def _sum_squares(values: np.ndarray[Any, Any]) -> float:
 
 
 def _as_floats(values: np.ndarray[Any, Any], floats: np.dtype[Any], source: TensorRecord) -> np.ndarray[Any, Any]:
-    """Float32 in another dtype. Raises CheckpointError where a value is too large for it."""
+    """Float32 in the dtype `floats`. Raises CheckpointError where a value is too large for it."""
+    if floats == values.dtype:
+        return values
     with np.errstate(over="ignore"):
         stored = values.astype(floats)
     if not np.isfinite(stored.astype(np.float32)).all():

@@ -26,6 +26,7 @@ from voidprune.execution.manifest import Manifest
 from voidprune.execution.node_writer import small_model
 from voidprune.execution.providers import configured
 from voidprune.models.packed import activation_dtype
+from voidprune.models.tensors import numpy_dtype
 from voidprune.quality.work import Work
 from voidprune.schedule import Phase
 
@@ -42,7 +43,6 @@ _SHAPES = ((512, 1024, 4096), (512, 2048, 2048), (512, 896, 4864))
 The last is of no powers of two, at which rows fall into the same places of a cache: on a Xeon (Cascade Lake) it is multiplied
 at 249 GFLOP/s in float32, the others at 190.
 """
-_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CUDA_SHAPES = ((4096, 4096, 16384), (8192, 8192, 8192))
 
 
@@ -157,7 +157,7 @@ def _products(manifest: Manifest, provider: str) -> Mapping[str, Sequence[Measur
     shapes = _CUDA_SHAPES if provider == "cuda" else _SHAPES
     packed = manifest.quantization
     stored = manifest.dtype if packed is None else activation_dtype(packed.activations)
-    floats = _NAMES[stored if provider == "cuda" else "F32"]
+    floats = numpy_dtype(stored if provider == "cuda" else "F32").name
     found: dict[str, list[Measure]] = {floats: [_float_product(shape, floats, provider) for shape in shapes]}
     if packed is not None:
         in_blocks = not packed.multiplies_rows(Phase.DECODE)
@@ -217,7 +217,7 @@ def _integer_product(shape: tuple[int, int, int]) -> Measure:
 def _noise(shape: tuple[int, ...], dtype: str) -> Array:
     """Random numbers, over and over: a device multiplies zeros faster than anything else, for it takes less power."""
     random = np.random.default_rng(0).integers(-99, 100, 2**16)
-    return np.resize(random, shape).astype(dtype) if "int" in dtype else (np.resize(random, shape) / 100).astype(dtype)
+    return np.resize((random if "int" in dtype else random / 100).astype(dtype), shape)
 
 
 def _initializer(name: str, array: Array) -> Any:
