@@ -24,6 +24,7 @@ import torch
 from peer_models import SPECIAL, model_config, tensor_shapes, write_tokenizer
 from safetensors.torch import save_file
 
+from voidprune.execution.device_bindings import STRIDE
 from voidprune.execution.device_weights import load_device_weights, weight_ranges
 from voidprune.execution.providers import open_session
 from voidprune.execution.session import BundleSession
@@ -122,15 +123,18 @@ def describe_times(bundle: Path, provider: str) -> None:
     ttft = statistics.median([time_prefill(session, [prompt]) for _ in range(ROUNDS)][2:])
     print(f"  {rate / 1e12:.2f} TB/s; prompt of {CONTEXT} tokens {ttft * 1e3:.2f} ms", flush=True)
     for num_rows in (1, 4, 8):
-        ways = ["captured"] if session.captures_left else []
+        pool = session.pool
+        ways = [] if pool is None or not pool.captures_left else ["captured"]
         for way in (*ways, *(["as they are"] if num_rows == 1 or not ways else [])):
-            left = session.captures_left
-            if way == "as they are":
-                session.captures_left = 0
-            talk = session.start(num_rows, max_positions=CONTEXT + STEPS + (num_rows > 1))
+            # Buffers of another size: those of the captured conversation bring its captured steps.
+            left = 0 if pool is None else pool.captures_left
+            if way == "as they are" and pool is not None:
+                pool.captures_left = 0
+            talk = session.start(num_rows, max_positions=CONTEXT + STEPS + STRIDE * (way != "captured"))
             talk.prefill_greedily([prompt] * num_rows)
             times = [time_decode(talk, CONTEXT, num_new_tokens=STEPS) for _ in range(ROUNDS)][2:]
-            session.captures_left = left
+            if pool is not None:
+                pool.captures_left = left
             step = statistics.median(times)
             print(f"  steps of {num_rows} rows, {way}: {step * 1e3:.3f} ms, {step / floor:.2f} of the floor of one row")
             del talk

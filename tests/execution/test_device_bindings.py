@@ -20,7 +20,7 @@ from tests.execution.test_session import mixed, random_prompts
 from tests.tiny_models import build_model
 from voidprune.execution import providers
 from voidprune.execution import session as session_module
-from voidprune.execution.device_bindings import MOST_CAPTURES, DeviceBinding, DeviceHead
+from voidprune.execution.device_bindings import MOST_CAPTURES, DeviceBinding, DeviceBuffers, DeviceHead
 from voidprune.execution.device_weights import load_device_weights, weight_ranges
 from voidprune.execution.providers import open_session
 from voidprune.execution.session import BundleSession
@@ -42,7 +42,7 @@ def opened_on_device(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterato
     with monkeypatch.context() as patch:
         patch.setattr(session_module, "open_sessions", open_sessions)
         session = BundleSession(bundle.folder)
-    assert session.lives_on_device
+    assert session.pool is not None
     yield session
 
 
@@ -102,7 +102,7 @@ def test_buffers_go_from_one_conversation_to_the_next_of_their_size(bundle: Bund
     prompts = random_prompts(bundle.source, [8])
     expected = session.generate(prompts, max_new_tokens=9)
     gc.collect()
-    left = session.captures_left
+    left = session.pool.captures_left
     poisoned = session.start(max_positions=17)
     assert poisoned._on_device is not None
     buffers = poisoned._on_device.tensors
@@ -111,7 +111,7 @@ def test_buffers_go_from_one_conversation_to_the_next_of_their_size(bundle: Bund
     del poisoned
     gc.collect()
     assert session.generate(prompts, max_new_tokens=9) == expected, "what was in them is gone"
-    assert session.captures_left == left == MOST_CAPTURES - 1, "steps that were captured serve again"
+    assert session.pool.captures_left == left == MOST_CAPTURES - 1, "steps that were captured serve again"
     addresses = {name: tensor.data_ptr() for name, tensor in buffers.items()}
     gc.collect()
     talks = [session.start(max_positions=17) for _ in range(2)]
@@ -122,7 +122,7 @@ def test_buffers_go_from_one_conversation_to_the_next_of_their_size(bundle: Bund
 
 
 def test_where_nothing_more_may_be_captured_steps_are_run_as_they_are(bundle: Bundle, session: BundleSession) -> None:
-    session.captures_left = 1
+    session.pool.captures_left = 1
     prompts = random_prompts(bundle.source, [4, 4])
     expected = bundle.session.generate(prompts, max_new_tokens=5)
     talks = [session.start(2, max_positions=12) for _ in range(2)]
@@ -169,17 +169,15 @@ def test_a_first_step_is_not_captured_and_buffers_of_another_size_make_room(
 ) -> None:
     prompts, responses = random_prompts(bundle.source, [4]), random_prompts(bundle.source, [2], seed=1)
     session.score(prompts, responses)
-    assert session.captures_left == MOST_CAPTURES
+    assert session.pool.captures_left == MOST_CAPTURES
     session.generate(prompts, max_new_tokens=3)
-    assert session.captures_left == MOST_CAPTURES - 1
+    assert session.pool.captures_left == MOST_CAPTURES - 1
     gc.collect()
-    assert session._spare is not None
-    held = weakref.ref(next(iter(session._spare[1].tensors.values())))
-    made, make = [], session_module.DeviceBuffers.make
+    assert session.pool._spare is not None
+    held = weakref.ref(next(iter(session.pool._spare[1].tensors.values())))
+    made, make = [], DeviceBuffers.make
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            session_module.DeviceBuffers, "make", lambda *args, **how: (made.append(held()), make(*args, **how))[1]
-        )
+        patch.setattr(DeviceBuffers, "make", lambda *args, **how: (made.append(held()), make(*args, **how))[1])
         session.start(2, max_positions=9)
     assert made == [None], "those of the last conversation are gone before there are new ones"
 
@@ -281,11 +279,11 @@ def test_graphs_are_right_and_captured_steps_say_the_same(
     session = BundleSession(tmp_path / "bundle", provider=provider)
     prompts = random_prompts(model, [5, 3])
     said = session.generate(prompts, max_new_tokens=12)
-    assert session.lives_on_device == (provider == "cuda")
-    if provider == "cuda":
+    assert (session.pool is not None) == (provider == "cuda")
+    if session.pool is not None:
         assert session.weight_copies == 1
-        assert session.captures_left
-    session.captures_left, session._spare = 0, None
+        assert 0 < session.pool.captures_left < MOST_CAPTURES
+        session.pool.captures_left, session.pool._spare = 0, None
     assert session.generate(prompts, max_new_tokens=12) == said
 
 

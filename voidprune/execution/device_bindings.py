@@ -12,7 +12,7 @@ Shapes: B rows, T new tokens, S columns of the mask, X what the graphs give a to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ Array = np.ndarray[Any, Any]
 BindingKey = tuple[Phase, int, int, bool]
 """Phase, first row, last row + 1, and whether it is of steps behind the first."""
 
+STRIDE = 128
+"""K/V buffers have a multiple of so many positions: the next conversation is the likelier to fit into them."""
 MOST_CAPTURES = 64
 """Of a session. onnxruntime 1.31 forgets none before the session ends; further conversations take the slower way."""
 _NO_CAPTURE = -1
@@ -124,6 +126,40 @@ class DeviceBinding:
 
 
 Binding = HostBinding | DeviceBinding
+
+
+class DevicePool:
+    """What the conversations of a session have on a device: K/V buffers, one after the other, and numbers for captured steps."""
+
+    def __init__(
+        self, sessions: Iterable[ort.InferenceSession], dtype: np.dtype[Any], *, device: str, captures: bool
+    ) -> None:
+        self.captures_left = MOST_CAPTURES if captures else 0
+        self._dtype, self._device = dtype, device
+        inputs = (argument for session in sessions for argument in session.get_inputs())
+        self._shapes = {value.name: value.shape for value in inputs if value.name.startswith("past_key_values.")}
+        self._spare: tuple[tuple[int, int], DeviceBuffers] | None = None
+
+    def take(self, num_rows: int, num_positions: int) -> DeviceBuffers:
+        """Those of the last conversation that ended, where they fit."""
+        spare, self._spare = self._spare, None
+        if spare is not None and spare[0] == (num_rows, num_positions):
+            spare[1].clear()
+            return spare[1]
+        del spare  # what does not fit makes room
+        shapes = {name: (num_rows, heads, num_positions, width) for name, (_, heads, _, width) in self._shapes.items()}
+        return DeviceBuffers.make(shapes, self._dtype, device=self._device)
+
+    def keep(self, num_rows: int, num_positions: int, buffers: DeviceBuffers) -> None:
+        """For the next conversation."""
+        self._spare = (num_rows, num_positions), buffers
+
+    def bind(self, session: ort.InferenceSession, *, captures: bool) -> DeviceBinding:
+        """`captures`: if there is a number left."""
+        capture = None
+        if captures and self.captures_left:
+            capture = self.captures_left = self.captures_left - 1
+        return DeviceBinding(session, device=self._device, capture=capture)
 
 
 def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:

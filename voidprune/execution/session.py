@@ -26,14 +26,7 @@ import onnxruntime as ort
 
 from voidprune.errors import ContextLengthError, ModelError, RuntimeProviderError
 from voidprune.execution.bindings import HostBinding, element_type
-from voidprune.execution.device_bindings import (
-    MOST_CAPTURES,
-    Binding,
-    BindingKey,
-    DeviceBinding,
-    DeviceBuffers,
-    DeviceHead,
-)
+from voidprune.execution.device_bindings import STRIDE, Binding, BindingKey, DeviceBuffers, DeviceHead, DevicePool
 from voidprune.execution.generation import Responses, check_vocabulary
 from voidprune.execution.heads import Head, Outputs, ScreenedHead, WholeHead
 from voidprune.execution.integrity import check_files
@@ -48,8 +41,6 @@ LOGIT_VALUES = 2**24
 """Logits that one step of scoring makes at most: 64 MiB in float32, twice that while they are worked on in float64."""
 SCORE_VALUES = 2**24
 """Attention scores of a layer that several tokens of decode make at most: 64 MiB in float32."""
-_DEVICE_POSITIONS = 128
-"""K/V buffers on a device have a multiple of it: the next conversation is the likelier to fit into them."""
 _SPARE_POSITIONS = 32
 """Of K/V buffers, at least, when they are made; an eighth of what they hold where that is more."""
 _HOST_DTYPES: dict[str, Any] = {
@@ -97,15 +88,14 @@ class BundleSession:
             raise RuntimeProviderError(
                 f"this runner has no host type for logits of {result.type}", hint="export with --precision fp16 or fp32"
             )
-        self.lives_on_device = opened.weights is not None
-        self.captures_left = MOST_CAPTURES if opened.captures else 0
-        self._spare: tuple[tuple[int, int], DeviceBuffers] | None = None
         self.head: Head = WholeHead(int(result.shape[-1])) if opened.head is None else ScreenedHead(folder, opened.head)
-        if self.lives_on_device:
-            self.head = DeviceHead(int(result.shape[-1]))
         self.vocab_size = self.head.vocab_size
         self.takes_lengths = LENGTHS in {value.name for value in self.sessions[Phase.DECODE].get_inputs()}
         self.dtype = np.dtype(_HOST_DTYPES[result.type])
+        self.pool: DevicePool | None = None
+        if opened.weights is not None:
+            self.head = DeviceHead(self.vocab_size)
+            self.pool = DevicePool(self.sessions.values(), self.dtype, device=provider, captures=opened.captures)
 
     def start(self, num_rows: int = 1, *, max_positions: int) -> Conversation:
         """K/V buffers for `num_rows` token sequences of at most `max_positions` tokens each. Raises ContextLengthError."""
@@ -117,25 +107,6 @@ class BundleSession:
                 hint="shorten the prompt or lower --max-new-tokens",
             )
         return Conversation(self, num_rows=num_rows, max_positions=max_positions)
-
-    def take_buffers(self, num_rows: int, num_positions: int) -> DeviceBuffers:
-        """K/V buffers on the device: those of the last conversation that ended, where they fit."""
-        spare, self._spare = self._spare, None
-        if spare is not None and spare[0] == (num_rows, num_positions):
-            spare[1].clear()
-            return spare[1]
-        del spare  # what does not fit makes room
-        shapes = {
-            argument.name: (num_rows, argument.shape[1], num_positions, argument.shape[3])
-            for running in self.sessions.values()
-            for argument in running.get_inputs()
-            if argument.name.startswith("past_key_values.")
-        }
-        return DeviceBuffers.make(shapes, self.dtype, device=self.provider)
-
-    def keep_buffers(self, num_rows: int, num_positions: int, buffers: DeviceBuffers) -> None:
-        """For the next conversation."""
-        self._spare = (num_rows, num_positions), buffers
 
     def generate(
         self,
@@ -219,11 +190,10 @@ class Conversation:
         self._bindings: dict[BindingKey, Binding] = {}
         self._on_device: DeviceBuffers | None = None
         self._num_steps = 0
-        if session.lives_on_device:
-            whole = -(-max_positions // _DEVICE_POSITIONS) * _DEVICE_POSITIONS
-            self.num_positions = min(whole, session.manifest.context_length)
-            self._on_device = session.take_buffers(num_rows, self.num_positions)
-            giving_back = weakref.finalize(self, session.keep_buffers, num_rows, self.num_positions, self._on_device)
+        if session.pool is not None:
+            self.num_positions = min(-(-max_positions // STRIDE) * STRIDE, session.manifest.context_length)
+            self._on_device = session.pool.take(num_rows, self.num_positions)
+            giving_back = weakref.finalize(self, session.pool.keep, num_rows, self.num_positions, self._on_device)
             giving_back.atexit = False
         elif session.provider != "cpu":
             self._make_buffers(max_positions)
@@ -397,10 +367,8 @@ class Conversation:
         session = self.session.sessions[phase]
         if self._on_device is None:
             return HostBinding(session, on_cpu=self.session.provider == "cpu")
-        capture = None
-        if repeats and self.session.captures_left:
-            capture = self.session.captures_left = self.session.captures_left - 1
-        return DeviceBinding(session, device=self.session.provider, capture=capture)
+        assert self.session.pool is not None, "it has given the buffers"
+        return self.session.pool.bind(session, captures=repeats)
 
     @property
     def _places(self) -> dict[str, tuple[int, Sequence[int]]]:
