@@ -16,14 +16,17 @@ from voidprune.execution import buffer_attention
 from voidprune.execution import session as sessions
 from voidprune.execution.buffer_attention import SHORT_PROMPT, rewrite_decode, rewrite_prefill
 from voidprune.execution.session import BundleSession
+from voidprune.export.rounded_kv import K_STEPS, ROUNDING
 from voidprune.schedule import Boundary, full_schedule
 
 HEADS, GROUPS, SIZE = 6, 2, 32
-FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
+FLOAT, INT8, INT32, INT64 = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "INT8", "INT32", "INT64"))
 
 
-def attention_model(*, packed: bool, rotary: int, heads: int = HEADS, **attributes: Any) -> onnx.ModelProto:
-    """Two layers of GroupQueryAttention as decode graphs have it; `rotary`: how much of a head is turned."""
+def attention_model(
+    *, packed: bool, rotary: int, heads: int = HEADS, rounded: bool = False, **attributes: Any
+) -> onnx.ModelProto:
+    """Two layers of GroupQueryAttention as decode graphs have it. `rotary`: what of a head is turned; `rounded`: K/V in 8 bits."""
     widths = {"query": heads * SIZE, "key": GROUPS * SIZE, "value": GROUPS * SIZE}
     if packed:
         widths = {"query": sum(widths.values())}
@@ -37,17 +40,24 @@ def attention_model(*, packed: bool, rotary: int, heads: int = HEADS, **attribut
         nodes = [onnx.helper.make_node("Mul", ["p", "a"], ["angles"])]
         nodes += [onnx.helper.make_node(kind, ["angles"], [kind]) for kind in ("Cos", "Sin")]
         tables = ["Cos", "Sin"]
+    steps = []
+    if rounded:
+        random, steps = np.random.default_rng(2), ["key_steps", "value_steps"]
+        arrays = [random.uniform(0.01, 0.02, (1, GROUPS, 1, SIZE)).astype(np.float32) for _ in steps]
+        constants += map(onnx.numpy_helper.from_array, arrays, steps)
+        steps = [*[""] * (K_STEPS - 7 - len(tables)), *steps]
+        attributes |= ROUNDING
     outputs = {}
     for layer in range(2):
         cache = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
-        shape = (FLOAT, ["batch", GROUPS, "positions", SIZE])
+        shape = (INT8 if rounded else FLOAT, ["batch", GROUPS, "positions", SIZE])
         inputs |= dict.fromkeys(cache, shape)
         outputs |= dict.fromkeys(present, shape) | {f"output.{layer}": (FLOAT, ["batch", "tokens", heads * SIZE])}
         fed = ["query", "", ""] if packed else ["query", "key", "value"]
         node = onnx.helper.make_node(
             "GroupQueryAttention",
-            [*fed, *cache, "last", "total", *tables],
+            [*fed, *cache, "last", "total", *tables, *steps],
             [f"output.{layer}", *present],
             domain="com.microsoft",
             num_heads=heads,
@@ -82,9 +92,11 @@ def random_feeds(
     feeds = {}
     for value in model.graph.input:
         kind = value.type.tensor_type
+        shape = [dim.dim_value or sizes[dim.dim_param] for dim in kind.shape.dim]
         if kind.elem_type == FLOAT:
-            shape = [dim.dim_value or sizes[dim.dim_param] for dim in kind.shape.dim]
             feeds[value.name] = random.standard_normal(shape).astype(np.float32)
+        elif kind.elem_type == INT8:
+            feeds[value.name] = random.integers(-128, 128, shape).astype(np.int8)
     feeds["input_ids"] = np.zeros((len(lengths), num_tokens), np.int64)
     feeds["last"] = np.array([length + num_tokens - 1 for length in lengths], np.int32)
     feeds["total"] = np.array(max(lengths) + num_tokens, np.int32)
@@ -116,7 +128,11 @@ def test_outputs_and_buffers_are_those_of_the_operator(
     assert_same(run(model, tmp_path / "products.onnx", feeds), expected, lengths, num_tokens)
 
 
-@pytest.mark.parametrize("settings", [*SETTINGS, {"packed": True, "rotary": SIZE, "heads": GROUPS}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [*SETTINGS, {"packed": True, "rotary": SIZE, "heads": GROUPS}, *({**one, "rounded": True} for one in SETTINGS)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("lengths", "num_tokens", "positions"),
     [((0,), SHORT_PROMPT, 96), ((0,), 97, 97), ((0, 0), 128, 140), ((50,), 161, 250), ((3,), 1, 5)],
@@ -150,6 +166,19 @@ def test_beyond_many_keys_the_operator_attends(tmp_path: Path, monkeypatch: pyte
         assert exact == (length + 120 > 150)
 
 
+def test_with_keys_in_8_bits_the_operator_never_attends_to_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffer_attention, "MANY_KEYS", 100)
+    model = attention_model(packed=True, rotary=SIZE, rounded=True)
+    feeds = random_feeds(model, (30,), 120, positions=160)
+    expected = run(model, tmp_path / "operator.onnx", feeds)
+    rewrite_prefill(model, least_width=0)
+    found = run(model, tmp_path / "chunks.onnx", feeds)
+    assert_same(found, expected, (30,), 120)
+    assert not all((found[name] == expected[name]).all() for name in ("output.0", "output.1"))
+
+
 def assert_same(
     found: dict[str, np.ndarray[Any, Any]],
     expected: dict[str, np.ndarray[Any, Any]],
@@ -179,7 +208,8 @@ def test_heads_of_their_own_halves_and_narrow_layers_are_left_to_the_operator() 
         if value.name.startswith("past_key_values."):
             value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     narrow = attention_model(packed=True, rotary=SIZE)
-    for model, width in ((alone, 0), (half, 0), (narrow, HEADS * SIZE + 1)):
+    rounded = attention_model(packed=True, rotary=SIZE, rounded=True)
+    for model, width in ((alone, 0), (half, 0), (rounded, 0), (narrow, HEADS * SIZE + 1)):
         before = model.SerializeToString(deterministic=True)
         assert rewrite_decode(model, least_width=width) == 0
         assert model.SerializeToString(deterministic=True) == before

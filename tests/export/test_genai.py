@@ -14,12 +14,14 @@ import pytest
 
 from tests.conftest import W8A8, W8A8_INT4, Bundle, GetModel, MakeBundle
 from tests.execution.test_session import mixed, random_prompts
+from tests.healing.test_rounding import samples
 from tests.other_python import OtherPython, find_python
 from tests.tiny_models import TinyModel
 from voidprune.execution.session import BundleSession
-from voidprune.export.bundle import export_bundle
+from voidprune.export.bundle import RoundedKv, export_bundle
 from voidprune.export.genai import FILE, describe_genai
 from voidprune.export.quantize import uniform_packing
+from voidprune.healing.kv_steps import measure_kv_steps
 from voidprune.models.checkpoint import open_checkpoint
 from voidprune.models.pretrained import end_tokens
 from voidprune.pipeline.models import demo_folder
@@ -251,6 +253,17 @@ def test_it_says_what_our_runner_says(
     bundle = make_bundle(source, mixed(source))
     assert bundle.schedule.prefill != bundle.schedule.decode
     assert_same_conversations(genai_python, bundle.folder, some_conversations(source))
+
+
+def test_it_says_what_our_runner_says_with_keys_and_values_in_8_bits(
+    genai_python: OtherPython, llama: TinyModel, tmp_path: Path
+) -> None:
+    """Its cache is of the type that the graphs ask for."""
+    schedule = mixed(llama)
+    steps = measure_kv_steps(llama.model, llama.checkpoint, schedule, samples(2, num_samples=8))
+    kv = RoundedKv(steps, ("0123456789abcdef",))
+    export_bundle(llama.checkpoint, schedule, tmp_path / "bundle", verify=lambda _: None, kv=kv)
+    assert_same_conversations(genai_python, tmp_path / "bundle", some_conversations(llama))
 
 
 def test_it_says_what_our_runner_says_of_the_demo_model(genai_python: OtherPython, tmp_path: Path) -> None:

@@ -105,6 +105,30 @@ def test_graphs_of_a_recipe_may_have_packed_matrices(tmp_path: Path) -> None:
         assert (settings[0] != settings[1]) is depends
 
 
+def test_graphs_of_a_recipe_may_hold_keys_and_values_in_8_bits(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, heal=None, bench=None, export=ExportPart(kv_cache="int8"))
+    recipe = replace(recipe, data=replace(RECIPE.data, num_samples=12))
+    assert run(recipe, tmp_path / "out")[-2:] == ["export", "report"]
+    record = read_manifest(tmp_path / "out" / "pruned").kv_cache
+    assert record is not None
+    assert record.fidelity is not None
+    for part in ("plan", "export"):  # a folder from before there was a choice goes on
+        settings = [
+            next(
+                step.settings
+                for step in compression_steps(one, tmp_path / "out", write_report=write)
+                if step.name == part
+            )
+            for one in (recipe, replace(recipe, export=ExportPart()))
+        ]
+        assert settings[0]["kv_cache"] == "int8"
+        assert "kv_cache" not in settings[1]
+    with pytest.raises(ModelError, match="the standard's attention"):
+        compression_steps(
+            replace(recipe, export=ExportPart(kv_cache="int8", operators="standard")), tmp_path, write_report=write
+        )
+
+
 def test_the_bytes_of_packed_matrices_are_planned_by(tmp_path: Path) -> None:
     plans = []
     for changes in ({}, {"block_size": 128}, {"zero_points": True}, {"rounding": "gptq"}):

@@ -36,7 +36,7 @@ from voidprune.pipeline.plan import Calibrated
 from voidprune.pipeline.precision import (
     PackingRequest,
     allocate_bits,
-    choose_packing,
+    choose_rounding,
     default_activations,
     measure_harm,
     measure_packed_sizes,
@@ -193,24 +193,30 @@ def test_genai_packs_weights_where_they_are_packed(bundles: dict[str, Path]) -> 
     assert "session.disable_prepacking" not in document["model"]["decoder"]["session_options"]
 
 
-def test_rounding_on_samples_is_written_measured_on_others_and_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Verified as every export: the graphs give what the file means, whichever way it was rounded."""
+def watch_samples(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, list[Sample]]:
+    """The samples that functions of the module are called with, their fourth argument, by the name of the function."""
     seen: dict[str, list[Sample]] = {}
 
-    def watch(name: str, place: int) -> None:
+    def watch(name: str) -> None:
         function = getattr(precision, name)
 
         def watched(*args: Any, **options: Any) -> Any:
-            seen[name] = list(args[place])
+            seen[name] = list(args[3])
             return function(*args, **options)
 
         monkeypatch.setattr(precision, name, watched)
 
-    watch("round_layers", 3)
-    watch("measure_fidelity", 3)
+    for name in names:
+        watch(name)
     monkeypatch.setattr(pipeline_export, "measure_fidelity", precision.measure_fidelity)
+    return seen
+
+
+def test_rounding_on_samples_is_written_measured_on_others_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verified as every export: the graphs give what the file means, whichever way it was rounded."""
+    seen = watch_samples(monkeypatch, "round_layers", "measure_fidelity")
     found = {}
     for rounding in ("nearest", "gptq"):
         seen.clear()
@@ -307,12 +313,12 @@ def test_rounding_on_samples_takes_memory(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(precision, "free_memory", lambda _device: int(needed + 1e6))
     schedule, few = full_schedule(demo.identity), Calibrated(num_samples=8, dataset="demo", responses="dataset")
     with pytest.raises(ModelError, match="nothing says how to round its matrices") as caught:
-        choose_packing(PackingRequest("int4", rounding="gptq", calibrated=few), demo, schedule)
+        choose_rounding(PackingRequest("int4", rounding="gptq", calibrated=few), demo, schedule)
     assert caught.value.hint == "leave --rounding out"
     with pytest.raises(ModelError) as caught:
-        choose_packing(PackingRequest("mixed", rounding="gptq", calibrated=few), open_model("demo"), schedule)
+        choose_rounding(PackingRequest("mixed", rounding="gptq", calibrated=few), open_model("demo"), schedule)
     assert caught.value.hint == "choose --precision int8 or int4, and leave --rounding out"
-    assert choose_packing(PackingRequest("int4", calibrated=few), demo, schedule).rounded is None
+    assert choose_rounding(PackingRequest("int4", calibrated=few), demo, schedule).rounded is None
 
 
 def test_rounding_on_samples_takes_a_model_that_runs_and_4_bits(llama: TinyModel, tmp_path: Path) -> None:
@@ -492,3 +498,80 @@ def test_sizes_of_mixed_bits_lie_between(get_model: GetModel) -> None:
     assert few.layers[0].mlp_bytes < mixed.layers[0].mlp_bytes < many.layers[0].mlp_bytes
     assert mixed.head_bytes == many.head_bytes
     assert mixed.kv_bytes_per_token == few.kv_bytes_per_token == many.kv_bytes_per_token
+
+
+# ---- keys and values
+
+
+@pytest.mark.parametrize("kind", ["keep", "int4"])
+def test_keys_and_values_in_8_bits_are_measured_on_samples_and_judged_on_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With packed matrices that are rounded on samples, on the same ones; what both changed is then in one record."""
+    seen = watch_samples(monkeypatch, "measure_kv_steps", "round_layers", "measure_fidelity")
+    packed = () if kind == "keep" else ("--rounding", "gptq")
+    result = invoke(
+        "export", "demo", "-o", tmp_path / "out", "--precision", kind, *packed, "--kv-cache", "int8", "--drop-layers", 7,
+        "--dataset", "demo", "--responses", "dataset", "--num-samples", 40, "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / "out")
+    record = manifest.kv_cache
+    assert record is not None
+    measured_on, judged_on = (
+        {sample.prompt for sample in seen[name]} for name in ("measure_kv_steps", "measure_fidelity")
+    )
+    assert len(measured_on) > 2 * len(judged_on) > 0
+    assert not measured_on & judged_on
+    assert record.prompts == tuple(sorted(map(prompt_hash, measured_on)))
+    assert manifest.fitted_prompts == set(record.prompts)
+    fidelity = record.fidelity
+    if manifest.quantization is not None:
+        assert fidelity is None
+        assert seen["round_layers"] == seen["measure_kv_steps"]
+        fidelity = manifest.quantization.fidelity
+    assert fidelity is not None
+    assert fidelity.kl < (0.01 if kind == "keep" else 0.1)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"hold keys and values in int8, with steps that were measured on {len(record.prompts)} prompts" in card
+    assert "With keys and values in 8 bits, as they run, they differ by" in card
+    with pytest.raises(HealingError, match="when this model was healed or rounded"):
+        check_never_fitted_to(open_checkpoint(tmp_path / "out"), seen["measure_kv_steps"][:1], dataset="the same")
+
+
+def test_a_bundle_may_hold_them_so_later(tmp_path: Path) -> None:
+    """A schedule and samples go together here; a token's K/V are planned with a byte a number."""
+    few = ("--dataset", "demo", "--responses", "dataset", "--num-samples", 20)
+    slim = invoke("export", "demo", "-o", tmp_path / "slim", "--drop-layers", 7, "--quiet")
+    assert slim.exit_code == 0, slim.output
+    for source, wanted in ((tmp_path / "slim", ()), ("demo", ("--schedule", tmp_path / "schedule.json"))):
+        write_schedule(tmp_path / "schedule.json", read_manifest(tmp_path / "slim").schedule, overwrite=True)
+        folder = tmp_path / f"out-{len(wanted)}"
+        result = invoke("export", source, "-o", folder, *wanted, "--kv-cache", "int8", *few, "--quiet")
+        assert result.exit_code == 0, result.output
+        manifest = read_manifest(folder)
+        assert manifest.kv_cache is not None
+        assert manifest.kept_layers == (*range(7), *range(8, 12))
+        assert " 1.41 kB" in result.stdout, "11 layers of 128 numbers"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ops", "standard"), "the standard's attention takes keys and values in the dtype of its queries only"),
+        (("--format", "hf"), "only ONNX graphs say how keys and values are held"),
+    ],
+)
+def test_what_cannot_hold_them_is_refused_before_anything_runs(
+    tmp_path: Path, options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "load_model", None)
+    result = invoke("export", "demo", "-o", tmp_path / "out", "--keep", 0.5, "--kv-cache", "int8", *options)
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_keys_and_values_of_a_model_that_cannot_run_are_not_rounded(llama: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot run here, so nothing says how to round its K/V") as caught:
+        export_model(llama.checkpoint, full_schedule(llama.identity), tmp_path / "out", round_kv_on=Calibrated())
+    assert caught.value.hint == "leave --kv-cache out"

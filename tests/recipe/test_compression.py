@@ -61,6 +61,7 @@ def test_every_key_is_read() -> None:
             "activations": "fp32",
             "zero_points": True,
             "rounding": "gptq",
+            "kv_cache": "int8",
         },
         bench={"prompt_length": 5, "num_new_tokens": 6, "num_rounds": 7},
     )
@@ -92,7 +93,7 @@ def test_every_key_is_read() -> None:
         ),
         heal=HealPart(("linear", "distill"), "demo", 99, {"steps": 5}),
         evaluation=EvaluationPart("/data/i.jsonl", 4, 8, 0.5, 1.5),
-        export=ExportPart(("onnx",), "int4", "standard", 128, True, "fp32", "gptq"),
+        export=ExportPart(("onnx",), "int4", "standard", 128, True, "fp32", "gptq", "int8"),
         bench=BenchPart(5, 6, 7),
     )
 
@@ -122,6 +123,7 @@ def test_a_benchmark_can_be_left_out() -> None:
         ({"export": {"precision": "int3"}}, "export: precision is 'int3'"),
         ({"export": {"precision": "int4", "block_size": 64}}, "export: block_size is 64"),
         ({"export": {"precision": "int4", "rounding": "up"}}, "export: rounding is 'up'"),
+        ({"export": {"kv_cache": "int4"}}, "export: kv_cache is 'int4'"),
         ({"export": {"precision": "fp16", "rounding": "gptq"}}, "rounding are of packed matrices; fp16 has none"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from tests.command_lines import parse_command
 from tests.execution.test_manifest import MANIFEST
+from voidprune.execution.kv_cache import KvCache
 from voidprune.execution.packing_record import Quantization
 from voidprune.report.commands import export_options
 from voidprune.schedule import Phase
@@ -34,6 +35,10 @@ def packed(precision: str, *bits: int, **settings: object) -> Quantization:
         (
             {"graphs": dict.fromkeys(Phase, MANIFEST.graphs[Phase.DECODE])},
             f"--precision {MANIFEST.precision} --layout single",
+        ),
+        (
+            {"kv_cache": KvCache("int8", ("0123456789abcdef",))},
+            f"--precision {MANIFEST.precision} --kv-cache int8",
         ),
         (
             {"quantization": packed("int4", 4)},

@@ -13,6 +13,7 @@ from voidprune.cli.evaluate import gate_export
 from voidprune.cli.options import (
     SAMPLE_OPTIONS,
     budget_options,
+    calibrated,
     check_packing_options,
     gate_options,
     json_option,
@@ -57,6 +58,13 @@ from voidprune.cli.plan import print_plan
 )
 @packing_options
 @click.option(
+    "--kv-cache",
+    type=click.Choice(["keep", "int8"]),
+    default="keep",
+    show_default=True,
+    help="How graphs hold keys and values: as they compute them, or in 8 bits, with steps that are measured on samples.",
+)
+@click.option(
     "--layout",
     type=click.Choice(["pair", "single"]),
     default="pair",
@@ -100,6 +108,7 @@ def export(
     activations: str | None,
     rounding: str,
     bits: float | None,
+    kv_cache: str,
     min_scores: tuple[tuple[str | None, float], ...],
     max_ppl_ratio: float | None,
     eval_tasks: str,
@@ -148,7 +157,8 @@ def export(
         artifacts.check_output_folder(target, overwrite=overwrite, marker=FILE)
     packed = precision in PACKED_PRECISIONS
     check_packing_options(context, precision)
-    planning = [name for name in options if not (packed and name in SAMPLE_OPTIONS)]
+    rounds = packed or kv_cache != "keep"
+    planning = [name for name in options if not (rounds and name in SAMPLE_OPTIONS)]
     if schedule_file is not None:
         for name in (*planning, "profile_file"):
             if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
@@ -175,6 +185,7 @@ def export(
             options=options,
         )
         precision = "keep"
+    round_kv_on = None if kv_cache == "keep" else calibrated(options)
     says_nothing = all(
         context.get_parameter_source(name) is ParameterSource.DEFAULT
         for name in (*planning, "schedule_file", "profile_file")
@@ -194,6 +205,7 @@ def export(
             precision=precision,
             operators=operators,
             packing=packing,
+            rounds_kv=round_kv_on is not None,
             provider=provider,
         )
     if packing is None:
@@ -202,6 +214,8 @@ def export(
         from voidprune.pipeline.precision import measure_packed_sizes
 
         sizes = measure_packed_sizes(checkpoint, packing)
+    if round_kv_on is not None:
+        sizes = sizes.with_kv_in_8_bits(checkpoint.architecture)
     if request is None:
         schedule = own_schedule(checkpoint) if schedule_file is None else read_schedule(schedule_file)
         assert schedule is not None
@@ -237,6 +251,7 @@ def export(
         precision=precision,
         operators=operators,
         packing=packing,
+        round_kv_on=round_kv_on,
         max_shard_bytes=max_shard_bytes,
         provider=provider,
         overwrite=overwrite,

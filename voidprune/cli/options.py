@@ -17,7 +17,7 @@ from voidprune.planning.search import GOALS, SEARCHES
 
 if TYPE_CHECKING:
     from voidprune.pipeline.gates import Gates
-    from voidprune.pipeline.plan import PlanRequest
+    from voidprune.pipeline.plan import Calibrated, PlanRequest
     from voidprune.pipeline.precision import PackingRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -166,7 +166,7 @@ trial_options = together(
 )
 
 SAMPLE_OPTIONS = ("dataset", "responses", "num_samples", "max_new_tokens", "batch_size")
-"""Those of `trial_options` that say on what packed weights are measured, too."""
+"""Those of `trial_options` that say on what packed weights, and keys and values, are measured, too."""
 
 packing_options = together(
     [
@@ -222,7 +222,6 @@ def packing_request(
 ) -> PackingRequest:
     """The options of `packing_options`, to be measured on the samples that `options`, of `trial_options`, ask for, for graphs that
     run on `provider`."""
-    from voidprune.pipeline.plan import Calibrated
     from voidprune.pipeline.precision import PackingRequest, default_activations
 
     return PackingRequest(
@@ -232,8 +231,15 @@ def packing_request(
         activations=activations or default_activations(precision, provider),
         average_bits=5.0 if bits is None else bits,
         rounding=rounding,
-        calibrated=Calibrated(**{name: options[name] for name in SAMPLE_OPTIONS}),
+        calibrated=calibrated(options),
     )
+
+
+def calibrated(options: Mapping[str, Any]) -> Calibrated:
+    """The samples that `options`, of `trial_options`, ask for."""
+    from voidprune.pipeline.plan import Calibrated
+
+    return Calibrated(**{name: options[name] for name in SAMPLE_OPTIONS})
 
 
 calibration_options = together(

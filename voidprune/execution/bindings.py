@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -56,6 +56,19 @@ class HostBinding:
 
     def run(self) -> None:
         self._session.run_with_iobinding(self.bound)
+
+
+def find_cache(sessions: Iterable[ort.InferenceSession]) -> tuple[dict[str, tuple[int, int]], str]:
+    """K/V heads and head size of every buffer, by the name of its input; and the type of all of them, "" where there is none."""
+    past = {
+        argument.name: argument
+        for session in sessions
+        for argument in session.get_inputs()
+        if argument.name.startswith("past_key_values.")
+    }
+    kinds = {argument.type for argument in past.values()} or {""}
+    assert len(kinds) == 1, "the exporter writes all in one"
+    return {name: (argument.shape[1], argument.shape[3]) for name, argument in past.items()}, kinds.pop()
 
 
 def element_type(dtype: np.dtype[Any]) -> Any:

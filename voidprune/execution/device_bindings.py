@@ -12,7 +12,7 @@ Shapes: B rows, T new tokens, S columns of the mask, X what the graphs give a to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -132,12 +132,11 @@ class DevicePool:
     """What the conversations of a session have on a device: K/V buffers, one after the other, and numbers for captured steps."""
 
     def __init__(
-        self, sessions: Iterable[ort.InferenceSession], dtype: np.dtype[Any], *, device: str, captures: bool
+        self, shapes: Mapping[str, tuple[int, int]], dtype: np.dtype[Any], *, device: str, captures: bool
     ) -> None:
+        """`shapes`: heads and head size of each buffer."""
         self.captures_left = MOST_CAPTURES if captures else 0
-        self._dtype, self._device = dtype, device
-        inputs = (argument for session in sessions for argument in session.get_inputs())
-        self._shapes = {value.name: value.shape for value in inputs if value.name.startswith("past_key_values.")}
+        self._dtype, self._device, self._shapes = dtype, device, shapes
         self._spare: tuple[tuple[int, int], DeviceBuffers] | None = None
 
     def take(self, num_rows: int, num_positions: int) -> DeviceBuffers:
@@ -147,7 +146,7 @@ class DevicePool:
             spare[1].clear()
             return spare[1]
         del spare  # what does not fit makes room
-        shapes = {name: (num_rows, heads, num_positions, width) for name, (_, heads, _, width) in self._shapes.items()}
+        shapes = {name: (num_rows, heads, num_positions, width) for name, (heads, width) in self._shapes.items()}
         return DeviceBuffers.make(shapes, self._dtype, device=self._device)
 
     def keep(self, num_rows: int, num_positions: int, buffers: DeviceBuffers) -> None:

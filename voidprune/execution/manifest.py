@@ -10,6 +10,7 @@ from typing import Any
 
 from voidprune import artifacts
 from voidprune.errors import ArtifactError, ModelError
+from voidprune.execution.kv_cache import KvCache
 from voidprune.execution.packing_record import Quantization
 from voidprune.models.checkpoint import FLOAT_DTYPES, precision_name
 from voidprune.schedule import Phase, Scalar, Schedule
@@ -39,7 +40,9 @@ class Parity:
     `hf` is None where the folder holds no weights for transformers. The reference of graphs with packed matrices runs with what
     these matrices mean. `rounded` is the difference of graphs that round activations to 8 bits, `rounded_tolerance` what that
     had to stay within: twice the difference that the same rounding makes in the reference; `onnx` is then that of the same
-    graphs without rounding.
+    graphs without rounding. `kv` and `kv_tolerance` are of graphs that hold K/V in 8 bits, beside a reference that does so:
+    `kv_tolerance` is what that changes in the reference, and what the graphs may differ by without it; all else is then of graphs
+    that hold K/V as they compute them.
     """
 
     hf: float | None
@@ -50,14 +53,23 @@ class Parity:
     layer_streamed: bool = False
     rounded: float | None = None
     rounded_tolerance: float | None = None
+    kv: float | None = None
+    kv_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.layer_streamed) is not bool:
             raise ValueError(f"layer_streamed is {self.layer_streamed!r}")
         numbers = (self.tolerance, self.num_prompts, self.num_decode_steps)
-        optional = (self.hf, self.onnx, self.rounded, self.rounded_tolerance)
+        optional = (self.hf, self.onnx, self.rounded, self.rounded_tolerance, self.kv, self.kv_tolerance)
         if not all(type(number) in (int, float) for number in (*numbers, *(number or 0 for number in optional))):
             raise ValueError("a figure of the parity is not a number")
+
+    def to_document(self) -> dict[str, Any]:
+        """As it was before K/V could be held in 8 bits, where they are not."""
+        document = asdict(self)
+        if self.kv is None:
+            del document["kv"], document["kv_tolerance"]
+        return document
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,8 @@ class Manifest:
     is the operator set of the graphs: "ort" or "standard".
     `dtype` is that of the weights for transformers; with a `quantization`, the graphs read packed matrices, and compute in what its
     `activations` say.
-    `healing` is None where the weights are the source's.
+    `kv_cache` is None where the graphs hold keys and values in the dtype that they compute in. `healing` is None where the weights
+    are the source's.
     """
 
     schedule: Schedule
@@ -156,6 +169,7 @@ class Manifest:
     source_revision: str | None = None
     operators: str = "ort"
     quantization: Quantization | None = None
+    kv_cache: KvCache | None = None
     healing: Healing | None = None
 
     @property
@@ -173,8 +187,9 @@ class Manifest:
 
     @property
     def fitted_prompts(self) -> frozenset[str]:
-        """Hashes (see `healing.training_data.prompt_hash`) of the prompts that weights were healed with or rounded on."""
-        return frozenset().union(*(part.prompts for part in (self.healing, self.quantization) if part is not None))
+        """Hashes (see `healing.training_data.prompt_hash`) of the prompts that weights or K/V were healed with or rounded on."""
+        parts = (self.healing, self.quantization, self.kv_cache)
+        return frozenset().union(*(part.prompts for part in parts if part is not None))
 
     @property
     def has_checkpoint(self) -> bool:
@@ -183,8 +198,9 @@ class Manifest:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the graphs compute in float32 throughout, and so must give the responses of the reference."""
-        return self.dtype == "F32" if self.quantization is None else self.quantization.activations == "fp32"
+        """Whether the graphs compute in float32 throughout, keep K/V in it, and so must give the responses of the reference."""
+        computed = self.dtype == "F32" if self.quantization is None else self.quantization.activations == "fp32"
+        return computed and self.kv_cache is None
 
     @property
     def graph_weight_files(self) -> tuple[str, ...]:
@@ -246,20 +262,22 @@ class Manifest:
             "weights_header": self.weights_header,
             "files": dict(self.files),
             "sizes": dict(self.sizes),
-            "parity": None if self.parity is None else asdict(self.parity),
+            "parity": None if self.parity is None else self.parity.to_document(),
             "quantization": None if self.quantization is None else self.quantization.to_document(),
             "written_by": self.written_by,
             "operators": self.operators,
+            **({} if self.kv_cache is None else {"kv_cache": self.kv_cache.to_document()}),
             **({} if self.healing is None else {"healing": asdict(self.healing)}),
         }
 
     @classmethod
     def from_document(cls, document: artifacts.Document, *, place: str) -> Manifest:
-        optional = {"source_revision", "operators", "quantization", "healing"}
+        optional = {"source_revision", "operators", "quantization", "kv_cache", "healing"}
         required = {"schema", *cls.__dataclass_fields__} - optional
         artifacts.check_keys(document, required=required, optional=optional, place=place)
         try:
             parity, quantization, healing = document["parity"], document.get("quantization"), document.get("healing")
+            kv_cache = document.get("kv_cache")
             return cls(
                 schedule=Schedule.from_document(document["schedule"], place=f"{place}: schedule"),
                 kept_layers=tuple(document["kept_layers"]),
@@ -280,6 +298,7 @@ class Manifest:
                 written_by=document["written_by"],
                 operators=document.get("operators", "ort"),
                 quantization=None if quantization is None else Quantization.from_document(quantization),
+                kv_cache=None if kv_cache is None else KvCache.from_document(kv_cache),
                 healing=None if healing is None else Healing.from_document(healing),
             )
         except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import onnx
 
 ORT = "com.microsoft"
-INT64 = 7  # onnx.TensorProto.INT64
+FLOAT, INT8, INT64 = 1, 3, 7  # of onnx.TensorProto
 
 
 class NodeWriter:

@@ -25,7 +25,7 @@ import numpy as np
 import onnxruntime as ort
 
 from voidprune.errors import ContextLengthError, ModelError, RuntimeProviderError
-from voidprune.execution.bindings import HostBinding, element_type
+from voidprune.execution.bindings import HostBinding, element_type, find_cache
 from voidprune.execution.device_bindings import STRIDE, Binding, BindingKey, DeviceBuffers, DeviceHead, DevicePool
 from voidprune.execution.generation import Responses, check_vocabulary
 from voidprune.execution.heads import Head, Outputs, ScreenedHead, WholeHead
@@ -47,6 +47,7 @@ _HOST_DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(bfloat16)": ml_dtypes.bfloat16,
+    "tensor(int8)": np.int8,
 }
 
 
@@ -92,10 +93,12 @@ class BundleSession:
         self.vocab_size = self.head.vocab_size
         self.takes_lengths = LENGTHS in {value.name for value in self.sessions[Phase.DECODE].get_inputs()}
         self.dtype = np.dtype(_HOST_DTYPES[result.type])
+        self.kv_shapes, held = find_cache(self.sessions.values())
+        self.kv_dtype = np.dtype(_HOST_DTYPES[held]) if held else self.dtype
         self.pool: DevicePool | None = None
         if opened.weights is not None:
             self.head = DeviceHead(self.vocab_size)
-            self.pool = DevicePool(self.sessions.values(), self.dtype, device=provider, captures=opened.captures)
+            self.pool = DevicePool(self.kv_shapes, self.kv_dtype, device=provider, captures=opened.captures)
 
     def start(self, num_rows: int = 1, *, max_positions: int) -> Conversation:
         """K/V buffers for `num_rows` token sequences of at most `max_positions` tokens each. Raises ContextLengthError."""
@@ -210,16 +213,13 @@ class Conversation:
         """Of so many positions, with what was in those before. Whatever interrupts it, the conversation is as it was."""
         made: dict[str, ort.OrtValue] = {}
         common = min(num_positions, self.num_positions)
-        for running in self.session.sessions.values():
-            for argument in running.get_inputs():
-                if argument.name.startswith("past_key_values.") and argument.name not in made:
-                    _, num_kv_heads, _, head_dim = argument.shape
-                    # Zeros of any type are zero bytes, and numpy has no bfloat16 that onnxruntime takes.
-                    bits = np.dtype(f"u{self.session.dtype.itemsize}")
-                    content = np.zeros([len(self.tokens), num_kv_heads, num_positions, head_dim], bits)
-                    if argument.name in self.buffers:
-                        content[:, :, :common] = self.buffers[argument.name].numpy()[:, :, :common]
-                    made[argument.name] = ort.OrtValue.ortvalue_from_numpy(content, self.session.provider)
+        # Zeros of any type are zero bytes, and numpy has no bfloat16 that onnxruntime takes.
+        bits = np.dtype(f"u{self.session.kv_dtype.itemsize}")
+        for name, (num_kv_heads, head_dim) in self.session.kv_shapes.items():
+            content = np.zeros([len(self.tokens), num_kv_heads, num_positions, head_dim], bits)
+            if name in self.buffers:
+                content[:, :, :common] = self.buffers[name].numpy()[:, :, :common]
+            made[name] = ort.OrtValue.ortvalue_from_numpy(content, self.session.provider)
         self._bindings.clear()
         self.buffers, self.num_positions = made, num_positions
 
@@ -344,17 +344,17 @@ class Conversation:
         bindings = self._bindings if self._on_device is None else self._on_device.bindings
         key = (phase, rows.start, rows.stop, repeats)
         if key not in bindings:
-            binding, places = self._make_binding(phase, repeats=repeats), self._places
+            binding, places, kv_dtype = self._make_binding(phase, repeats=repeats), self._places, self.session.kv_dtype
             for name, choice in self.session.choices[phase].items():
                 binding.bound.bind_cpu_input(name, choice)
             for argument in self.session.sessions[phase].get_inputs():
                 if argument.name in places:
                     address, (_, *shape) = places[argument.name]
-                    row_bytes = self.session.dtype.itemsize * math.prod(shape)
+                    row_bytes = kv_dtype.itemsize * math.prod(shape)
                     place = (
                         self.session.provider,
                         0,
-                        element_type(self.session.dtype),
+                        element_type(kv_dtype),
                         [rows.stop - rows.start, *shape],
                         address + rows.start * row_bytes,
                     )

@@ -22,6 +22,7 @@ import voidprune
 from voidprune import artifacts
 from voidprune.errors import CheckpointError, ModelError, OutputError, ScheduleError
 from voidprune.execution import manifest as manifests
+from voidprune.execution.kv_cache import KvCache, KvSteps
 from voidprune.execution.manifest import Graph, Healing, Manifest, Parity
 from voidprune.execution.packing_record import Fidelity, Quantization
 from voidprune.export.block_rounding import Rounded
@@ -72,6 +73,14 @@ class RoundedOn:
     prompts: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class RoundedKv:
+    """What 1 stands for in the keys and values of every slot, and the hashes of the prompts that this was measured on."""
+
+    steps: Sequence[KvSteps]
+    prompts: tuple[str, ...]
+
+
 def export_bundle(
     source: Checkpoint,
     schedule: Schedule,
@@ -84,6 +93,7 @@ def export_bundle(
     operators: str = "ort",
     packing: Packing | None = None,
     rounded: RoundedOn | None = None,
+    kv: RoundedKv | None = None,
     measure: Callable[[Path], Fidelity | None] = lambda _stage: None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -103,8 +113,8 @@ def export_bundle(
 
     With `packing`, the graphs read a file of packed matrices that both share, and the checkpoint is written only where `formats`
     ask for it; operators of the standard do not round to 8 bits, whatever `packing.activations` says. Matrices in `rounded`
-    (see `write_packed`) are packed as they are given there. `measure` gets the staged folder
-    once it is verified, and says what packing changed.
+    (see `write_packed`) are packed as they are given there. With `kv`, the graphs hold keys and values in 8 bits. `measure` gets
+    the staged folder once it is verified, and says what both changed.
     Raises ScheduleError, ModelError, CheckpointError, OutputError.
     """
     schedule.check_model(source.identity, place="the schedule")
@@ -114,6 +124,8 @@ def export_bundle(
     card = read_card(source.folder / "README.md")
     if packing is not None:
         check_packing(packing, formats=formats, operators=operators, layout=layout)
+    if kv is not None:
+        check_kv_cache(formats=formats, operators=operators)
     if "onnx" in formats:
         describe_graph_architecture(source.config, source.architecture.spec)  # refused before anything is written
     if source.folder.resolve().is_relative_to(folder.resolve()):
@@ -145,7 +157,13 @@ def export_bundle(
         if "onnx" in formats:
             rounds = quantization is not None and quantization.activations == "int8"
             graphs = _write_graphs(
-                read_by, original, stage, layout=layout, operators=operators, rounds_activations=rounds
+                read_by,
+                original,
+                stage,
+                layout=layout,
+                operators=operators,
+                rounds_activations=rounds,
+                kv_steps=None if kv is None else kv.steps,
             )
         files = {path.relative_to(stage).as_posix(): path for path in sorted(stage.rglob("*")) if path.is_file()}
         manifest = Manifest(
@@ -166,6 +184,7 @@ def export_bundle(
             written_by=f"voidprune {voidprune.__version__}",
             operators=operators,
             quantization=quantization,
+            kv_cache=None if kv is None else KvCache("int8", kv.prompts),
         )
         if made_of is not None:
             manifest = replace(
@@ -179,6 +198,8 @@ def export_bundle(
         manifest = replace(manifest, parity=verify(stage))
         if quantization is not None:
             manifest = replace(manifest, quantization=replace(quantization, fidelity=measure(stage)))
+        elif manifest.kv_cache is not None:
+            manifest = replace(manifest, kv_cache=replace(manifest.kv_cache, fidelity=measure(stage)))
         _write_manifest(stage, manifest)
         write_model_card(stage, manifest, source_card=card)
     return manifest
@@ -273,6 +294,20 @@ def check_packing(packing: AskedPacking, *, formats: Collection[str], operators:
         )
 
 
+def check_kv_cache(*, formats: Collection[str], operators: str) -> None:
+    """Raise ModelError where nothing that is written could hold keys and values in 8 bits."""
+    if "onnx" not in formats:
+        raise ModelError(
+            "only ONNX graphs say how keys and values are held; transformers decides when it runs",
+            hint="add --format onnx, or leave --kv-cache out",
+        )
+    if operators == "standard":
+        raise ModelError(
+            "the standard's attention takes keys and values in the dtype of its queries only",
+            hint="export with --ops ort, or leave --kv-cache out",
+        )
+
+
 def check_single_graph(schedule: Schedule) -> None:
     """Raise ScheduleError where one graph cannot run all tokens of the schedule, or would write K/V that nothing reads."""
     if schedule.prefill != schedule.decode:
@@ -295,6 +330,7 @@ def _write_graphs(
     layout: str,
     operators: str,
     rounds_activations: bool,
+    kv_steps: Sequence[KvSteps] | None,
 ) -> dict[Phase, Graph]:
     """`read_by`: the checkpoint that each phase's graph reads."""
     from voidprune.export.onnx_graph import author_decode, author_prefill, graph_slots, round_activations, save_graph
@@ -307,7 +343,7 @@ def _write_graphs(
         authors = {Phase.DECODE: author_decode}
         graphs = {phase: replace(graph, file=SINGLE_FILE) for phase, graph in graphs.items()}
     for phase, author in authors.items():
-        model = author(read_by[phase], renumbered, operators=operators)
+        model = author(read_by[phase], renumbered, operators=operators, kv_steps=kv_steps)
         model.metadata_props.update(
             {
                 "voidprune.phase": str(phase) if layout == "pair" else "any",

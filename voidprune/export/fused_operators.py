@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from voidprune.export.emitter import Emitter, Tokens
 from voidprune.export.operators import Cache, Operators
+from voidprune.export.rounded_kv import K_STEPS, ROUNDING
 from voidprune.export.weights import Matrix, PackedMatrix
 from voidprune.models.graph_architecture import GraphArchitecture
 from voidprune.models.rope import Rope
@@ -152,15 +155,21 @@ class FusedOperators(Operators):
         fused = rope is not None and self._rotates_inside(rope)
         if not fused:
             query_key_value = self.rotated(query_key_value, tokens, rope)
+        inputs = [
+            *(query_key_value if len(query_key_value) == 3 else [query_key_value[0], None, None]),
+            cache.key,
+            cache.value,
+            tokens.last_position,
+            tokens.total,
+            *(self.rotary_tables(rope) if rope is not None and fused else ()),
+        ]
+        rounding: Mapping[str, Any] = {}
+        if cache.steps is not None:
+            inputs += [None] * (K_STEPS - len(inputs)) + [*cache.steps]
+            rounding = ROUNDING
         output, key, value = self.emit.op_with_outputs(
             "GroupQueryAttention",
-            [
-                *(query_key_value if len(query_key_value) == 3 else [query_key_value[0], None, None]),
-                *cache,
-                tokens.last_position,
-                tokens.total,
-                *(self.rotary_tables(rope) if rope is not None and fused else ()),
-            ],
+            inputs,
             3,
             domain=ORT,
             num_heads=shape.num_heads,
@@ -170,8 +179,9 @@ class FusedOperators(Operators):
             local_window_size=shape.windows[layer] or -1,
             scale=shape.score_scale,
             softcap=shape.score_softcap or 0.0,
+            **rounding,
         )
-        return output, (key, value)
+        return output, replace(cache, key=key, value=value)
 
     def _rotates_inside(self, rope: Rope) -> bool:
         # onnxruntime 1.31: GroupQueryAttention rotates multiples of 16 only ("head_size shall be a multiple of 16").

@@ -13,9 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 import voidprune
+from voidprune.execution.kv_cache import KvSteps
 from voidprune.export.emitter import END, Emitter, Tokens
 from voidprune.export.fused_operators import ORT, FusedOperators
-from voidprune.export.operators import Operators
+from voidprune.export.operators import Cache, Operators
+from voidprune.export.rounded_kv import steps_name
 from voidprune.export.standard_operators import StandardOperators
 from voidprune.export.weights import Rows
 from voidprune.models.checkpoint import Checkpoint
@@ -44,9 +46,18 @@ class Hidden:
 class GraphAuthor:
     """Emits the parts of one graph. Each method takes values and returns values; state is only the tape and the cache."""
 
-    def __init__(self, checkpoint: Checkpoint, phase: Phase, slots: Mapping[int, int], *, operators: str) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        phase: Phase,
+        slots: Mapping[int, int],
+        *,
+        operators: str,
+        kv_steps: Sequence[KvSteps] | None = None,
+    ) -> None:
         """`slots`: layer -> cache slot, of the layers that write K/V in this graph. `operators`: a key of OPERATOR_SETS.
 
+        `kv_steps`: of every slot, where the cache is in 8 bits, which "standard" has no attention for.
         Raises ModelError, CheckpointError.
         """
         self.architecture = describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)
@@ -57,14 +68,24 @@ class GraphAuthor:
         self.operators = OPERATOR_SETS[operators](self.emit, self.architecture)
         shape: list[int | str] = ["batch", self.architecture.num_kv_heads, "positions", self.architecture.head_dim]
         self._cache_shape = ir.Shape(shape)
+        self._cache_dtype = self.emit.dtype if kv_steps is None else ir.DataType.INT8
         self.cache = {
-            slot: (
-                self.emit.input(f"past_key_values.{slot}.key", self.emit.dtype, shape),
-                self.emit.input(f"past_key_values.{slot}.value", self.emit.dtype, shape),
+            slot: Cache(
+                self.emit.input(f"past_key_values.{slot}.key", self._cache_dtype, shape),
+                self.emit.input(f"past_key_values.{slot}.value", self._cache_dtype, shape),
+                None if kv_steps is None else self._store_steps(slot, kv_steps[slot]),
             )
             for slot in slots.values()
         }
-        self._past = [value for pair in self.cache.values() for value in pair]
+        self._past = [value for cache in self.cache.values() for value in (cache.key, cache.value)]
+
+    def _store_steps(self, slot: int, steps: KvSteps) -> tuple[ir.Value, ir.Value]:
+        """[1, N, 1, H] each, in the graph itself."""
+        key, value = (
+            self.emit.weights.constant(steps_name(slot, part), steps_NH[np.newaxis, :, np.newaxis])
+            for part, steps_NH in (("key", steps.keys_NH), ("value", steps.values_NH))
+        )
+        return key, value
 
     # ---- the residual stream
 
@@ -298,7 +319,7 @@ class GraphAuthor:
         logits.name = "logits"
         logits.type = ir.TensorType(self.emit.dtype)
         logits.shape = ir.Shape(["batch", 1 if self.phase is Phase.PREFILL else "tokens", shape.vocab_size])
-        presents = [value for pair in self.cache.values() for value in pair]
+        presents = [value for cache in self.cache.values() for value in (cache.key, cache.value)]
         tape = self.emit.tape
         graph = ir.Graph(
             [self.emit.input_ids, self.emit.attention_mask, *self._past],
@@ -324,7 +345,8 @@ class GraphAuthor:
         return self.operators.product(value, matrix, biases, width)
 
     def _name_present(self, slot: int) -> None:
-        for value, part in zip(self.cache[slot], ("key", "value"), strict=True):
+        cache = self.cache[slot]
+        for value, part in ((cache.key, "key"), (cache.value, "value")):
             value.name = f"present.{slot}.{part}"
-            value.type = ir.TensorType(self.emit.dtype)
+            value.type = ir.TensorType(self._cache_dtype)
             value.shape = self._cache_shape

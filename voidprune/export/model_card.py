@@ -9,6 +9,7 @@ from typing import Any
 
 from voidprune.errors import ModelError
 from voidprune.execution.manifest import Healing, Manifest
+from voidprune.execution.packing_record import Fidelity
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule
 
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -66,7 +67,8 @@ def _render(manifest: Manifest) -> str:
             f"Written by {manifest.written_by}. {len(manifest.kept_layers)} of {schedule.num_layers} layers are in the "
             f"checkpoint; prefill executes {schedule.num_executed(Phase.PREFILL)} of them, decode "
             f"{schedule.num_executed(Phase.DECODE)}. Weights: {manifest.weight_bytes:,} bytes, of the "
-            f"source {manifest.source_bytes:,}.{_render_revision(manifest)}{_render_quantization(manifest)}",
+            f"source {manifest.source_bytes:,}.{_render_revision(manifest)}{_render_quantization(manifest)}"
+            f"{_render_kv_cache(manifest)}",
             "",
             "## Know before use",
             "",
@@ -178,6 +180,11 @@ def _render_parity(manifest: Manifest) -> str:
             f" With activations rounded to 8 bits, as they run, they differ by {parity.rounded:.2g}; allowed is twice what the "
             f"same rounding changes in the reference, {parity.rounded_tolerance:.2g}."
         )
+    if parity.kv is not None:
+        packed += (
+            f" With keys and values in 8 bits, as they run, they differ by {parity.kv:.2g} from a reference that holds them so; "
+            f"allowed is what that changes in the reference, and what is allowed without, {parity.kv_tolerance:.2g}."
+        )
     by_phase = manifest.quantization is not None and manifest.quantization.differs_by_phase
     passes = "with a cache" if by_phase else "in one pass without a cache"
     how = (
@@ -201,16 +208,31 @@ def _render_quantization(manifest: Manifest) -> str:
     rounding = ""
     if quantization.rounding == "gptq":
         rounding = f", rounded by GPTQ on {len(quantization.prompts)} prompts (which voidprune eval refuses)"
-    changed = ""
-    if (fidelity := quantization.fidelity) is not None:
-        changed = (
-            f" Beside the same schedule with unpacked weights, on {fidelity.num_tokens:,} response tokens: perplexity times "
-            f"{fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.2g} nats, the same likeliest token on {fidelity.top1:.1%}."
-        )
+    beside = "unpacked weights" if manifest.kv_cache is None else "unpacked weights and unrounded keys and values"
+    changed = _render_fidelity(quantization.fidelity, beside=beside)
     return (
         f" The ONNX graphs read {quantization.file} alone: {manifest.graph_weight_bytes:,} bytes, "
         f"{quantization.average_bits:.3g} bits a weight of the layers{second}{rounding}, "
         f"relative error {quantization.weight_error:.2%}.{changed}"
+    )
+
+
+def _render_kv_cache(manifest: Manifest) -> str:
+    kv_cache = manifest.kv_cache
+    if kv_cache is None:
+        return ""
+    return (
+        f" The ONNX graphs hold keys and values in {kv_cache.dtype}, with steps that were measured on {len(kv_cache.prompts)} "
+        f"prompts (which voidprune eval refuses).{_render_fidelity(kv_cache.fidelity, beside='unrounded ones')}"
+    )
+
+
+def _render_fidelity(fidelity: Fidelity | None, *, beside: str) -> str:
+    if fidelity is None:
+        return ""
+    return (
+        f" Beside the same schedule with {beside}, on {fidelity.num_tokens:,} response tokens: perplexity times "
+        f"{fidelity.perplexity_ratio:.4f}, KL {fidelity.kl:.2g} nats, the same likeliest token on {fidelity.top1:.1%}."
     )
 
 

@@ -10,7 +10,8 @@ size, V vocabulary):
   included. The T new tokens are real in every row: rows with prompts of different length are prefilled apart. A padded row's
   logits are not numbers, so that nobody takes them for an answer.
 - inputs `past_key_values.{slot}.key|value` and outputs `present.{slot}.key|value`, [B, N, M, H]: one buffer, bound to both.
-  Slots count the layers that write K/V in either phase, without gaps. A graph has only the slots that it writes.
+  Slots count the layers that write K/V in either phase, without gaps. A graph has only the slots that it writes. They are of the
+  dtype of the logits, or int8 (`execution/kv_cache.py`), with the steps of the channels as initializers.
 - `prefill.onnx` is all that a prompt needs: prefill actions on all tokens but the last, decode actions on the last (with the
   boundary "prefill": prefill actions on all). Output `logits` [B, 1, V]. With the boundary "decode", T is at least 2: a
   prompt of one token is a decode step.
@@ -21,19 +22,23 @@ Dead parts are never emitted: prefill of the tokens before the last ends with th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
+from voidprune.execution.kv_cache import KvSteps
 from voidprune.export.graph_author import GraphAuthor, Hidden
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.schedule import Boundary, LayerAction, Phase, Schedule
 
 
-def author_prefill(checkpoint: Checkpoint, schedule: Schedule, *, operators: str = "ort") -> ir.Model:
-    """The prefill graph of a checkpoint that holds exactly the layers of `schedule`."""
-    author = _start_graph(checkpoint, schedule, Phase.PREFILL, operators)
+def author_prefill(
+    checkpoint: Checkpoint, schedule: Schedule, *, operators: str = "ort", kv_steps: Sequence[KvSteps] | None = None
+) -> ir.Model:
+    """The prefill graph of a checkpoint that holds exactly the layers of `schedule`; `kv_steps`: see `GraphAuthor`."""
+    author = _start_graph(checkpoint, schedule, Phase.PREFILL, operators, kv_steps)
     prefill, decode = schedule.prefill, schedule.decode
     everything = author.embed()
     writers = [layer for layer, action in enumerate(prefill) if action.writes_kv]
@@ -54,9 +59,11 @@ def author_prefill(checkpoint: Checkpoint, schedule: Schedule, *, operators: str
     return author.finish(hidden)
 
 
-def author_decode(checkpoint: Checkpoint, schedule: Schedule, *, operators: str = "ort") -> ir.Model:
-    """The decode graph of a checkpoint that holds exactly the layers of `schedule`."""
-    author = _start_graph(checkpoint, schedule, Phase.DECODE, operators)
+def author_decode(
+    checkpoint: Checkpoint, schedule: Schedule, *, operators: str = "ort", kv_steps: Sequence[KvSteps] | None = None
+) -> ir.Model:
+    """The decode graph of a checkpoint that holds exactly the layers of `schedule`; `kv_steps`: see `GraphAuthor`."""
+    author = _start_graph(checkpoint, schedule, Phase.DECODE, operators, kv_steps)
     hidden = author.embed()
     for layer, action in enumerate(schedule.decode):
         hidden = author.layer(hidden, layer, action)
@@ -71,9 +78,11 @@ def graph_slots(schedule: Schedule, phase: Phase) -> tuple[int, ...]:
     return tuple(slot for slot, layer in enumerate(schedule.kv_layers) if writes[layer])
 
 
-def _start_graph(checkpoint: Checkpoint, schedule: Schedule, phase: Phase, operators: str) -> GraphAuthor:
+def _start_graph(
+    checkpoint: Checkpoint, schedule: Schedule, phase: Phase, operators: str, kv_steps: Sequence[KvSteps] | None
+) -> GraphAuthor:
     slots = {schedule.kv_layers[slot]: slot for slot in graph_slots(schedule, phase)}
-    return GraphAuthor(checkpoint, phase, slots, operators=operators)
+    return GraphAuthor(checkpoint, phase, slots, operators=operators, kv_steps=kv_steps)
 
 
 def round_activations(model: ir.Model) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -22,8 +23,17 @@ from voidprune.export.weights import Matrix, PackedMatrix
 from voidprune.models.graph_architecture import Activation, GraphArchitecture
 from voidprune.models.rope import Rope
 
-Cache = tuple[ir.Value, ir.Value]
-"""Buffers of keys and of values, [B, N, M, H] each."""
+
+@dataclass(frozen=True)
+class Cache:
+    """Buffers of keys and of values, [B, N, M, H] each.
+
+    `steps`: what 1 stands for in them, [1, N, 1, H] in float32 each; None where they are in the dtype of the graph.
+    """
+
+    key: ir.Value
+    value: ir.Value
+    steps: tuple[ir.Value, ir.Value] | None = None
 
 
 class Operators(ABC):
@@ -107,13 +117,22 @@ class Operators(ABC):
         rope, num_heads = self.architecture.ropes[layer], self.architecture.num_kv_heads
         if rope is not None:
             key = self.rotate(key, self.rope_positions(tokens, key, rope), rope, num_heads)
+        if cache.steps is not None:
+            key, value = (self._round_channels(*pair) for pair in zip((key, value), cache.steps, strict=True))
         return self.scatter(self.heads(key, num_heads), self.heads(value, num_heads), cache, tokens)
 
+    def _round_channels(self, value: ir.Value, steps: ir.Value) -> ir.Value:
+        """[B, T, N*H] as int8. See `export/rounded_kv.py`, which finds these nodes again."""
+        wide = value if self.emit.dtype is ir.DataType.FLOAT else self.emit.cast(value, ir.DataType.FLOAT)
+        flat = self.emit.reshape(steps, -1)
+        return self.emit.op("QuantizeLinear", [wide, flat], axis=2, output_dtype=ir.DataType.INT8)
+
     def scatter(self, key: ir.Value, value: ir.Value, cache: Cache, tokens: Tokens) -> Cache:
-        past_key, past_value = cache
-        return (
-            self.emit.op("TensorScatter", [past_key, key, tokens.first_position], axis=2),
-            self.emit.op("TensorScatter", [past_value, value, tokens.first_position], axis=2),
+        """New keys and values [B, N, T, H], as the buffers hold them, into their places."""
+        return replace(
+            cache,
+            key=self.emit.op("TensorScatter", [cache.key, key, tokens.first_position], axis=2),
+            value=self.emit.op("TensorScatter", [cache.value, value, tokens.first_position], axis=2),
         )
 
     def heads(self, value: ir.Value, num_heads: int) -> ir.Value:

@@ -102,18 +102,17 @@ class StandardOperators(Operators):
     ) -> tuple[ir.Value, Cache]:
         shape = self.architecture
         query, key, value = self.rotated(query_key_value, tokens, shape.ropes[layer])
-        keys, values = self.scatter(
-            self.heads(key, shape.num_kv_heads), self.heads(value, shape.num_kv_heads), cache, tokens
-        )
-        mask = self._mask(tokens, query, keys, shape.windows[layer])
+        new_keys, new_values = (self.heads(part, shape.num_kv_heads) for part in (key, value))
+        cache = self.scatter(new_keys, new_values, cache, tokens)
+        mask = self._mask(tokens, query, cache.key, shape.windows[layer])
         output = self.emit.op(
             "Attention",
-            [self.heads(query, shape.num_heads), keys, values, mask],
+            [self.heads(query, shape.num_heads), cache.key, cache.value, mask],
             scale=shape.score_scale,
             softcap=shape.score_softcap or 0.0,
         )
         together = self.emit.op("Transpose", [output], perm=[0, 2, 1, 3])
-        return self.emit.reshape(together, 0, 0, shape.num_heads * shape.head_dim), (keys, values)
+        return self.emit.reshape(together, 0, 0, shape.num_heads * shape.head_dim), cache
 
     def _mask(self, tokens: Tokens, query: ir.Value, keys: ir.Value, window: int | None) -> ir.Value:
         """Which positions of the buffer each new token sees, bool [B, 1, T, M]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -45,6 +45,10 @@ class ModelSizes:
     @property
     def total_bytes(self) -> int:
         return self.other_bytes + sum(layer.total_bytes for layer in self.layers)
+
+    def with_kv_in_8_bits(self, architecture: DecoderArchitecture) -> ModelSizes:
+        """The same model, where graphs hold keys and values so."""
+        return replace(self, kv_bytes_per_token=architecture.kv_width)
 
     def to_document(self) -> dict[str, Any]:
         return asdict(self)

@@ -59,12 +59,14 @@ class _Compression:
         self.request = _plan_request(recipe)
         self.rows = self.request.calibrated.rows()
         self.packing = _packing_request(recipe, self.request.calibrated)
+        self.rounds_kv = recipe.export.kv_cache != "keep"
         check_graphs(
             self.checkpoint,
             formats=recipe.export.formats or default_formats(self.checkpoint)[0],
             precision="keep" if self.packing is not None else recipe.export.precision,
             operators=recipe.export.operators,
             packing=self.packing,
+            rounds_kv=self.rounds_kv,
         )
         self.evaluation_rows = find_rows(recipe.evaluation.tasks, num_items=recipe.evaluation.num_items)
         self.gates = Gates(min_score=recipe.evaluation.min_score, max_ppl_ratio=recipe.evaluation.max_ppl_ratio)
@@ -84,10 +86,15 @@ class _Compression:
             **computed,
             "plan": _plain(asdict(recipe.plan)),
             "judging": _rows_key(self.request.calibrated.judging_rows()),
+            **({"kv_cache": recipe.export.kv_cache} if self.rounds_kv else {}),
         }
         evaluation = {**shared, "evaluation": asdict(recipe.evaluation), "rows": _rows_key(self.evaluation_rows)}
-        written = {name: value for name, value in asdict(recipe.export).items() if name != "activations"} | computed
-        export = {**(shared if self.packing is None else shown), **written}  # packing looks at samples
+        unsaid = {"activations"} | (
+            {"kv_cache"} if not self.rounds_kv else set()
+        )  # as in folders from before there was a choice
+        written = {name: value for name, value in asdict(recipe.export).items() if name not in unsaid} | computed
+        looks = self.packing is not None or self.rounds_kv  # at samples
+        export = {**(shown if looks else shared), **written}
         healed = () if recipe.heal is None else (HEALED,)
         steps = [
             Step("profile", PROFILE, {**shown, "alpha": recipe.alpha}, (), self.profile),
@@ -138,8 +145,10 @@ class _Compression:
     def sizes(self) -> ModelSizes:
         """Of the model as it will be exported."""
         if self.packing is not None:
-            return measure_packed_sizes(self.checkpoint, self.packing)
-        return measure_sizes(self.checkpoint, dtype=PRECISIONS.get(self.recipe.export.precision))
+            sizes = measure_packed_sizes(self.checkpoint, self.packing)
+        else:
+            sizes = measure_sizes(self.checkpoint, dtype=PRECISIONS.get(self.recipe.export.precision))
+        return sizes.with_kv_in_8_bits(self.checkpoint.architecture) if self.rounds_kv else sizes
 
     def healing_rows(self) -> list[Row]:
         heal, data = self.recipe.heal, self.recipe.data
@@ -197,6 +206,7 @@ class _Compression:
             formats=recipe.export.formats or default_formats(checkpoint)[0],
             precision="keep" if self.packing is not None else recipe.export.precision,
             packing=self.packing,
+            round_kv_on=self.request.calibrated if self.rounds_kv else None,
             operators=recipe.export.operators,
             overwrite=True,
             seed=recipe.seed,

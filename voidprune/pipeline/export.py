@@ -8,7 +8,7 @@ from pathlib import Path
 
 from voidprune.errors import ModelError, RuntimeProviderError
 from voidprune.execution.manifest import Manifest, Parity, is_bundle, read_manifest
-from voidprune.export.bundle import FORMATS, check_packing, export_bundle
+from voidprune.export.bundle import FORMATS, check_kv_cache, check_packing, export_bundle
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, slim_bytes, slim_tensors
 from voidprune.export.quantize import Packing, packed_bytes
 from voidprune.models.checkpoint import PRECISIONS, Checkpoint
@@ -17,7 +17,8 @@ from voidprune.models.packed import activation_dtype, multiplies_rows
 from voidprune.models.pretrained import check_quantized_runs
 from voidprune.models.tensors import fetch_tensors, missing_bytes
 from voidprune.pipeline.models import default_provider
-from voidprune.pipeline.precision import ChosenPacking, PackingRequest, choose_packing, measure_fidelity
+from voidprune.pipeline.plan import Calibrated
+from voidprune.pipeline.precision import PackingRequest, choose_rounding, measure_fidelity
 from voidprune.pipeline.progress import Track, untracked
 from voidprune.quality.parity import count_passes, verify_bundle
 from voidprune.schedule import Phase, Schedule
@@ -42,6 +43,7 @@ def export_model(
     precision: str = "keep",
     operators: str = "ort",
     packing: PackingRequest | Packing | None = None,
+    round_kv_on: Calibrated | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     provider: str | None = None,
     overwrite: bool = False,
@@ -56,7 +58,8 @@ def export_model(
     its manifest and model card say so.
 
     With `packing`, the graphs read packed matrices, and `precision` is that of the slim checkpoint, where one is written. What
-    packing changes is measured where bits are asked for (PackingRequest), not where they are given.
+    packing changes is measured where bits are asked for (PackingRequest), not where they are given. With `round_kv_on`, the graphs
+    hold keys and values in 8 bits, with steps that are measured on it.
 
     `accept` gets the staged folder once it is verified, and may refuse it by raising: `gates.gate_bundle`. Of a checkpoint that
     was opened on the Hub, only the tensors of kept layers are fetched.
@@ -74,6 +77,7 @@ def export_model(
         precision=precision,
         operators=operators,
         packing=packing,
+        rounds_kv=round_kv_on is not None,
         provider=provider,
     )
     _check_verifiable(checkpoint, unverified=unverified)
@@ -81,14 +85,12 @@ def export_model(
     if missing := missing_bytes(needed):
         with track("fetching", missing, "bytes") as advance:
             fetch_tensors(needed, advance=advance)
-    chosen = ChosenPacking(packing) if isinstance(packing, Packing) else None
-    if isinstance(packing, PackingRequest):
-        chosen = choose_packing(packing, checkpoint, schedule, track=track)
+    chosen = choose_rounding(packing, checkpoint, schedule, round_kv_on=round_kv_on, track=track)
     with ExitStack() as copying:
         total = 0
-        if chosen is not None:
+        if chosen.packing is not None:
             total += packed_bytes(checkpoint, schedule.union, chosen.packing)
-        if chosen is None or "hf" in formats:
+        if chosen.packing is None or "hf" in formats:
             total += slim_bytes(checkpoint, schedule.union, precision=precision)
         advance = copying.enter_context(track("copying", total, "bytes"))
 
@@ -118,10 +120,11 @@ def export_model(
             layout=layout,
             precision=precision,
             operators=operators,
-            packing=None if chosen is None else chosen.packing,
-            rounded=None if chosen is None else chosen.rounded,
+            packing=chosen.packing,
+            rounded=chosen.rounded,
+            kv=chosen.kv,
             measure=lambda stage: measure_fidelity(
-                checkpoint, schedule, stage, () if chosen is None else chosen.samples, provider=provider, track=track
+                checkpoint, schedule, stage, chosen.samples, provider=provider, track=track
             ),
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
@@ -137,6 +140,7 @@ def check_graphs(
     precision: str,
     operators: str,
     packing: PackingRequest | Packing | None,
+    rounds_kv: bool = False,
     layout: str = "pair",
     provider: str | None = None,
 ) -> None:
@@ -147,6 +151,8 @@ def check_graphs(
     """
     if packing is not None:
         check_packing(packing, formats=formats, operators=operators, layout=layout)
+    if rounds_kv:
+        check_kv_cache(formats=formats, operators=operators)
     if "onnx" not in formats:
         return
     shape = describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec)

@@ -1,4 +1,5 @@
-"""How many bits each layer's matrices get, and what packing them changes: measured on prompts, with the model at hand."""
+"""How many bits each layer's matrices get, how they and keys and values are rounded, and what that changes: measured on prompts,
+with the model at hand."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from voidprune.execution.packing_record import Fidelity
 from voidprune.execution.reference import ScheduledModel, decoder_layers, scheduled
 from voidprune.execution.session import BundleSession
 from voidprune.export.block_rounding import restore_rows
-from voidprune.export.bundle import RoundedOn
+from voidprune.export.bundle import RoundedKv, RoundedOn
 from voidprune.export.quantize import (
     LayerBits,
     Packing,
@@ -26,6 +27,7 @@ from voidprune.export.quantize import (
     packed_record_bytes,
     uniform_packing,
 )
+from voidprune.healing.kv_steps import measure_kv_steps
 from voidprune.healing.rounding import round_layers, rounding_bytes
 from voidprune.healing.training_data import hold_out, prompt_hash
 from voidprune.models.checkpoint import Checkpoint, stored_bytes
@@ -114,64 +116,93 @@ def measure_packed_sizes(checkpoint: Checkpoint, request: PackingRequest) -> Mod
 
 
 @dataclass(frozen=True, eq=False)
-class ChosenPacking:
-    """`packing` of a model's kept layers, and the matrices that were rounded on samples, if that was asked for.
+class ChosenRounding:
+    """`packing` of a model's kept layers, the matrices that were rounded on samples, and the steps of keys and values, as far as
+    each was asked for.
 
-    `samples` are to measure by, none where the model cannot run here; no matrix was rounded on their prompts.
+    `samples` are to measure by, none where the model cannot run here; nothing was rounded on their prompts.
     """
 
-    packing: Packing
+    packing: Packing | None = None
     samples: Sequence[Sample] = ()
     rounded: RoundedOn | None = None
+    kv: RoundedKv | None = None
 
 
-def choose_packing(
-    request: PackingRequest,
+def choose_rounding(
+    request: PackingRequest | Packing | None,
     checkpoint: Checkpoint,
     schedule: Schedule,
     *,
+    round_kv_on: Calibrated | None = None,
     track: Track = untracked,
-) -> ChosenPacking:
-    """Bits of every layer that is kept, and how matrices are rounded where that takes calibration.
+) -> ChosenRounding:
+    """Bits of every layer that is kept, and how matrices, and keys and values, are rounded where that takes calibration.
 
-    For "mixed", sublayers whose packing into 4 bits changes predictions most, for their size, get 8. Raises ModelError where
-    that, or GPTQ, cannot be measured; DatasetError, HealingError.
+    For "mixed", sublayers whose packing into 4 bits changes predictions most, for their size, get 8. K/V are rounded where
+    `round_kv_on` says on what. Raises ModelError where that, bits, or GPTQ cannot be measured; DatasetError, HealingError.
     """
-    mixed, calibrates = request.precision == "mixed", request.rounding == "gptq"
-    uniform = None if mixed else request.uniform(len(schedule.union))
-    if problem := _cannot_run(checkpoint, beside=rounding_bytes(checkpoint) if calibrates else 0):
-        if uniform is not None and not calibrates:
-            return ChosenPacking(uniform)
-        unknown = "which layers need 8 bits" if mixed else "how to round its matrices"
-        hints = ["choose --precision int8 or int4"] * mixed + ["leave --rounding out"] * calibrates
+    asked = request if isinstance(request, PackingRequest) else None
+    packing = request if isinstance(request, Packing) else None
+    mixed, rounds = asked is not None and asked.precision == "mixed", asked is not None and asked.rounding == "gptq"
+    if asked is not None and not mixed:
+        packing = asked.uniform(len(schedule.union))
+    calibrated = round_kv_on if asked is None else asked.calibrated
+    if calibrated is None:
+        return ChosenRounding(packing)
+    if problem := _cannot_run(checkpoint, beside=rounding_bytes(checkpoint) if rounds else 0):
+        if not (mixed or rounds or round_kv_on):
+            return ChosenRounding(packing)
+        unknown = (
+            "which layers need 8 bits" if mixed else "how to round its matrices" if rounds else "how to round its K/V"
+        )
+        hints = ["choose --precision int8 or int4"] * mixed + ["leave --rounding out"] * rounds
+        hints += ["leave --kv-cache out"] * (round_kv_on is not None)
         raise ModelError(
             f"{checkpoint.name} cannot run here, so nothing says {unknown}: {problem}", hint=", and ".join(hints)
         )
     model = load_model(checkpoint.folder, device=default_device())
-    choosing = judging = prepare_samples(checkpoint, model, request.calibrated, track)
-    if calibrates:
+    choosing = judging = prepare_samples(checkpoint, model, calibrated, track)
+    if rounds or round_kv_on is not None:
         choosing, judging = hold_out(choosing, share=_HELD_OUT)
-    packing = uniform
-    if packing is None:
-        blocks = BlockFormat(bits=FEW, block_size=request.block_size, zero_points=request.zero_points)
-        harm = measure_harm(checkpoint, model, schedule, choosing, blocks=blocks, track=track)
-        packing = Packing(
-            "mixed",
-            allocate_bits(harm, layer_weights(checkpoint, schedule.union), average=request.average_bits),
-            MANY,
-            block_size=request.block_size,
-            zero_points=request.zero_points,
-            activations=request.activations,
-        )
-    if not calibrates:
-        return ChosenPacking(packing, judging)
-    batch_size = request.calibrated.batch_size
-    with track("rounding", len(schedule.union), "layers") as advance:
-        matrices = round_layers(model, checkpoint, schedule, choosing, packing, batch_size=batch_size, advance=advance)
-    if not matrices:  # all of a mixed precision's may have 8 bits
-        return ChosenPacking(packing, judging)
+    batch_size, rounded = calibrated.batch_size, None
+    if asked is not None and packing is None:
+        packing = _choose_bits(asked, checkpoint, model, schedule, choosing, track)
     prompts = tuple(sorted({prompt_hash(sample.prompt) for sample in choosing}))
-    return ChosenPacking(packing, judging, RoundedOn(matrices, prompts))
+    if rounds and packing is not None:
+        with track("rounding", len(schedule.union), "layers") as advance:
+            matrices = round_layers(
+                model, checkpoint, schedule, choosing, packing, batch_size=batch_size, advance=advance
+            )
+        if matrices:  # all of a mixed precision's may have 8 bits
+            rounded = RoundedOn(matrices, prompts)
+    kv = None
+    if round_kv_on is not None:  # of the rounded matrices, where there are such
+        with track("measuring keys and values", len(choosing), "samples") as advance:
+            steps = measure_kv_steps(model, checkpoint, schedule, choosing, batch_size=batch_size, advance=advance)
+        kv = RoundedKv(steps, prompts)
+    return ChosenRounding(packing, judging, rounded, kv)
+
+
+def _choose_bits(
+    request: PackingRequest,
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    schedule: Schedule,
+    samples: Sequence[Sample],
+    track: Track,
+) -> Packing:
+    """4 or 8 for every sublayer of "mixed"."""
+    blocks = BlockFormat(bits=FEW, block_size=request.block_size, zero_points=request.zero_points)
+    harm = measure_harm(checkpoint, model, schedule, samples, blocks=blocks, track=track)
+    return Packing(
+        "mixed",
+        allocate_bits(harm, layer_weights(checkpoint, schedule.union), average=request.average_bits),
+        MANY,
+        block_size=request.block_size,
+        zero_points=request.zero_points,
+        activations=request.activations,
+    )
 
 
 def _cannot_run(checkpoint: Checkpoint, *, beside: int = 0) -> str | None:
@@ -309,13 +340,13 @@ def measure_fidelity(
     batch_size: int = 16,
     track: Track = untracked,
 ) -> Fidelity | None:
-    """A bundle with packed matrices beside its source under the same schedule, in float32; None without samples."""
+    """A bundle that was rounded beside its source under the same schedule, in float32; None without samples."""
     scored = [sample for sample in samples if sample.response]
     if not scored:
         return None
     model, session = load_model(checkpoint.folder, device=default_device()), BundleSession(stage, provider=provider)
     prompts, responses = [sample.prompt for sample in scored], [sample.response or () for sample in scored]
-    with track("comparing with unpacked weights", len(scored), "items") as advance:
+    with track("comparing with what was not rounded", len(scored), "items") as advance:
         agreement = measure_agreement(
             lambda: scheduled(model, schedule),
             {"packed": lambda: nullcontext(session)},

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from voidprune.errors import ParityError
 from voidprune.execution.reference import ScheduledModel, decode_mask
+from voidprune.execution.rounded_cache import MakeCache
 from voidprune.execution.session import BundleSession
 from voidprune.models.checkpoint import Checkpoint
 from voidprune.schedule import Boundary
@@ -45,9 +46,9 @@ def make_scripts(
     return scripts
 
 
-def run_reference(model: ScheduledModel, script: Script) -> Array:
+def run_reference(model: ScheduledModel, script: Script, make_cache: MakeCache = DynamicCache) -> Array:
     """Logits after the prompt, after each step, and after the second turn, [2 + K, B, V], cached as a runtime would."""
-    boundary, cache, logits = model.schedule.boundary, DynamicCache(), []
+    boundary, cache, logits = model.schedule.boundary, make_cache(), []
 
     def advance(tokens_BT: Array, is_decode: list[bool]) -> None:
         ids_BT = torch.from_numpy(tokens_BT)
@@ -83,7 +84,8 @@ class Drive(Protocol):
     def counts(self) -> dict[str, Any]:
         """What `Parity` says of it."""
 
-    def run_reference(self, model: ScheduledModel) -> list[Array]: ...
+    def run_reference(self, model: ScheduledModel, make_cache: MakeCache | None = None) -> list[Array]:
+        """`make_cache`: for one that changes what it is given."""
 
     def run_session(self, session: BundleSession) -> list[Array]: ...
 
@@ -111,8 +113,8 @@ class Cached:
             "layer_streamed": self.layer_streamed,
         }
 
-    def run_reference(self, model: ScheduledModel) -> list[Array]:
-        return [run_reference(model, script) for script in self.scripts]
+    def run_reference(self, model: ScheduledModel, make_cache: MakeCache | None = None) -> list[Array]:
+        return [run_reference(model, script, make_cache or DynamicCache) for script in self.scripts]
 
     def run_session(self, session: BundleSession) -> list[Array]:
         return [run_session(session, script) for script in self.scripts]
@@ -139,10 +141,12 @@ class OnePass:
     def counts(self) -> dict[str, Any]:
         return {"num_prompts": len(self.lengths), "num_decode_steps": 4, "layer_streamed": True}
 
-    def run_reference(self, model: ScheduledModel) -> list[Array]:
+    def run_reference(self, model: ScheduledModel, make_cache: MakeCache | None = None) -> list[Array]:
         width = self.tokens_BT.shape[1]
         is_decode_BT = torch.tensor([decode_mask(length, width, self.boundary) for length in self.lengths])
-        logits_BTV = model.forward(torch.from_numpy(self.tokens_BT), is_decode_BT=is_decode_BT).float().cpu().numpy()
+        cache = None if make_cache is None else make_cache()
+        found_BTV = model.forward(torch.from_numpy(self.tokens_BT), is_decode_BT=is_decode_BT, cache=cache)
+        logits_BTV = found_BTV.float().cpu().numpy()
         return [logits_BTV[row, length - 1 :] for row, length in enumerate(self.lengths)]
 
     def in_phases(self) -> Cached:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnx_ir
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from voidprune import artifacts
-from voidprune.execution.manifest import FILE as MANIFEST
 from voidprune.execution.manifest import Manifest, Parity, read_manifest
 from voidprune.execution.packing_record import Quantization
-from voidprune.execution.reference import scheduled
+from voidprune.execution.reference import ScheduledModel, scheduled
 from voidprune.execution.reference_by_phase import scheduled_by_phase
 from voidprune.execution.session import BundleSession
-from voidprune.export.onnx_graph import multiply_exactly, save_graph
-from voidprune.models.checkpoint import INDEX_FILE, Checkpoint, open_packed
+from voidprune.export.onnx_graph import multiply_exactly
+from voidprune.models.checkpoint import Checkpoint, open_packed
+from voidprune.models.packed import activation_dtype
 from voidprune.quality.driving import (
     TOLERANCE,
     Cached,
@@ -34,6 +30,7 @@ from voidprune.quality.driving import (
     require_finite_tolerance,
 )
 from voidprune.quality.layer_streaming import resident_model, streamed_model
+from voidprune.quality.variants import with_graphs
 from voidprune.schedule import Phase, Schedule
 
 
@@ -59,37 +56,19 @@ def check_packed(
     manifest = read_manifest(folder)
     quantization = manifest.quantization
     assert quantization is not None
-    packed = open_packed(folder / quantization.file)
-    device = "cuda" if provider == "cuda" else "cpu"
-    dropped = set(range(schedule.num_layers)) - set(schedule.union)
-    drive: Drive = Cached.choose(packed, seed=seed)
-    if layer_streamed:
-        one_pass = OnePass.choose(packed, schedule.boundary, seed=seed)
-        drive = one_pass.in_phases() if quantization.differs_by_phase else one_pass
-    with ExitStack() as opened:
-
-        def load(phase: Phase, dtype: str = "F32") -> PreTrainedModel:
-            meant = _meant_by(open_packed(folder / quantization.file, phase=phase), source, schedule)
-            if layer_streamed:
-                streamed = streamed_model(meant, through=dtype, dtype=dtype, device=device, dropped=dropped)
-                return opened.enter_context(streamed)
-            return resident_model(meant, dtype=dtype, device=device, dropped=dropped)
-
-        models = {Phase.DECODE: load(Phase.DECODE)}
-        running = scheduled(models[Phase.DECODE], schedule)
-        if quantization.differs_by_phase:
-            models[Phase.PREFILL] = load(Phase.PREFILL)
-            running = scheduled_by_phase(models[Phase.PREFILL], models[Phase.DECODE], schedule)
-        reference = opened.enter_context(running)
+    drive = choose_drive(folder, quantization, schedule, seed=seed, layer_streamed=layer_streamed)
+    meaning = PackedMeaning(folder, quantization, source, schedule, provider=provider, layer_streamed=layer_streamed)
+    with meaning.reference() as (reference, models):
         expected = drive.run_reference(reference)
         require_finite(expected, name=source.name)
         on_pass()
         exact_tolerance, tolerance = TOLERANCE, None
-        if packed.dtype != "F32":
-            with scheduled(load(Phase.DECODE, packed.dtype), schedule) as in_16_bits:
+        if quantization.computes_in_16_bits:
+            dtype = activation_dtype(quantization.activations)
+            with meaning.model(Phase.DECODE, dtype) as model, scheduled(model, schedule) as in_16_bits:
                 exact_tolerance = 2 * largest_difference(drive.run_reference(in_16_bits), expected)
             hint = "export with --activations bf16, or on a CPU with --activations int8"
-            require_finite_tolerance(exact_tolerance, dtype=packed.dtype, hint=hint)
+            require_finite_tolerance(exact_tolerance, dtype=dtype, hint=hint)
             on_pass()
         if quantization.activations == "int8":
             with ExitStack() as rounded_by:
@@ -97,7 +76,7 @@ def check_packed(
                     rounded_by.enter_context(_rounded_activations(model, quantization, phase))
                 tolerance = 2 * largest_difference(drive.run_reference(reference), expected)
             on_pass()
-    del models, reference, running
+    del models, reference
     rounded = None
     if tolerance is not None:
         rounded = largest_difference(drive.run_session(BundleSession(folder, provider=provider)), expected)
@@ -111,6 +90,53 @@ def check_packed(
     return Parity(
         hf=None, onnx=onnx, tolerance=exact_tolerance, rounded=rounded, rounded_tolerance=tolerance, **drive.counts
     )
+
+
+def choose_drive(
+    folder: Path, quantization: Quantization, schedule: Schedule, *, seed: int, layer_streamed: bool
+) -> Drive:
+    """What graphs with packed matrices and their reference are driven with."""
+    packed = open_packed(folder / quantization.file)
+    if not layer_streamed:
+        return Cached.choose(packed, seed=seed)
+    one_pass = OnePass.choose(packed, schedule.boundary, seed=seed)
+    return one_pass.in_phases() if quantization.differs_by_phase else one_pass
+
+
+@dataclass(frozen=True)
+class PackedMeaning:
+    """The source model with what the packed matrices of a bundle mean, under its schedule."""
+
+    folder: Path
+    quantization: Quantization
+    source: Checkpoint
+    schedule: Schedule
+    provider: str
+    layer_streamed: bool
+
+    @contextmanager
+    def model(self, phase: Phase, dtype: str = "F32") -> Iterator[PreTrainedModel]:
+        """With the matrices of a phase, run in `dtype`."""
+        packed = open_packed(self.folder / self.quantization.file, phase=phase)
+        meant = _meant_by(packed, self.source, self.schedule)
+        device = "cuda" if self.provider == "cuda" else "cpu"
+        dropped = set(range(self.schedule.num_layers)) - set(self.schedule.union)
+        if self.layer_streamed:
+            with streamed_model(meant, through=dtype, dtype=dtype, device=device, dropped=dropped) as streamed:
+                yield streamed
+        else:
+            yield resident_model(meant, dtype=dtype, device=device, dropped=dropped)
+
+    @contextmanager
+    def reference(self) -> Iterator[tuple[ScheduledModel, dict[Phase, PreTrainedModel]]]:
+        """Run in float32; and the model of each phase that has one."""
+        with ExitStack() as opened:
+            models = {Phase.DECODE: opened.enter_context(self.model(Phase.DECODE))}
+            running = scheduled(models[Phase.DECODE], self.schedule)
+            if self.quantization.differs_by_phase:
+                models[Phase.PREFILL] = opened.enter_context(self.model(Phase.PREFILL))
+                running = scheduled_by_phase(models[Phase.PREFILL], models[Phase.DECODE], self.schedule)
+            yield opened.enter_context(running), models
 
 
 def _meant_by(packed: Checkpoint, source: Checkpoint, schedule: Schedule) -> Checkpoint:
@@ -155,30 +181,9 @@ def _rounded_activations(model: PreTrainedModel, quantization: Quantization, pha
 
 @contextmanager
 def _without_rounding(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """The bundle with graphs that do not round activations, beside the same weights, while the block runs."""
+    """The bundle with graphs that do not round activations, while the block runs."""
     if manifest.quantization is None or manifest.quantization.activations != "int8":
         yield folder
         return
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        exact = Path(name)
-        for file in (*manifest.weight_files, INDEX_FILE):
-            if (folder / file).is_file():
-                _link(folder / file, exact / file)
-        files, sizes = dict(manifest.files), dict(manifest.sizes)
-        for graph in manifest.graphs.values():
-            model = onnx_ir.load(folder / graph.file)
-            multiply_exactly(model)
-            save_graph(model, exact / graph.file)
-            files[graph.file] = artifacts.file_hash(exact / graph.file)
-            sizes[graph.file] = (exact / graph.file).stat().st_size
-        document = replace(manifest, files=files, sizes=sizes).to_document()
-        artifacts.write_file(exact / MANIFEST, artifacts.canonical_bytes(document))
+    with with_graphs(folder, manifest, multiply_exactly) as exact:
         yield exact
-
-
-def _link(file: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has none. onnxruntime refuses links that leave the folder."""
-    try:
-        target.hardlink_to(file)
-    except OSError:
-        shutil.copyfile(file, target)

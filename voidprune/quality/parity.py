@@ -38,6 +38,7 @@ from voidprune.quality.driving import (
     require_finite,
     require_finite_tolerance,
 )
+from voidprune.quality.kv_parity import NUM_PASSES, check_kv, with_exact_kv
 from voidprune.quality.layer_streaming import largest_part, streamed_model
 from voidprune.quality.packed_parity import check_packed
 from voidprune.schedule import Schedule
@@ -63,10 +64,36 @@ def verify_bundle(
     `on_pass` is called after each run of a model, `count_passes` times in all.
     Raises ParityError, ModelError.
     """
-    device = "cuda" if provider == "cuda" else "cpu"
-    manifest, slim = read_manifest(folder), open_checkpoint(folder)
     if available_bytes is None:
-        available_bytes = free_memory(device)
+        available_bytes = free_memory("cuda" if provider == "cuda" else "cpu")
+    if read_manifest(folder).kv_cache is None:
+        return _verify(folder, source, schedule, provider, seed, available_bytes, on_pass)
+    with with_exact_kv(folder) as without:
+        exact = _verify(without, source, schedule, provider, seed, available_bytes, on_pass)
+    return check_kv(
+        folder,
+        source=source,
+        schedule=schedule,
+        exact=exact,
+        provider=provider,
+        seed=seed,
+        layer_streamed=exact.layer_streamed,
+        on_pass=on_pass,
+    )
+
+
+def _verify(
+    folder: Path,
+    source: Checkpoint,
+    schedule: Schedule,
+    provider: str,
+    seed: int,
+    available_bytes: int,
+    on_pass: Callable[[], None],
+) -> Parity:
+    """Of a bundle whose graphs hold K/V as they compute them."""
+    manifest, slim = read_manifest(folder), open_checkpoint(folder)
+    device = "cuda" if provider == "cuda" else "cpu"
     copy_bytes = sum(4 * math.prod(record.shape) for record in slim.tensors.values())
     needed = max(_loaded_bytes(source, "F32" if slim.is_packed else manifest.dtype), copy_bytes)
     if manifest.quantization is not None and manifest.quantization.differs_by_phase:
@@ -197,6 +224,7 @@ def count_passes(folder: Path) -> int:
     passes = 0
     if manifest.has_checkpoint:
         passes += 2 + (manifest.dtype != "F32")
+    passes += NUM_PASSES if manifest.kv_cache is not None else 0
     if (quantization := manifest.quantization) is not None:
         return passes + {"int8": 4, "fp32": 2}.get(quantization.activations, 3)
     return passes + bool(manifest.graphs)

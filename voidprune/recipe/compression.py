@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from voidprune.errors import BudgetError, RecipeError
+from voidprune.execution.kv_cache import KV_CACHES
 from voidprune.models.packed import ACTIVATIONS, BLOCK_SIZES, PACKED_PRECISIONS, ROUNDINGS
 from voidprune.planning.budgets import Budget, parse_amount, parse_layers
 from voidprune.planning.criteria import CRITERIA
@@ -72,7 +73,7 @@ class EvaluationPart:
 class ExportPart:
     """What is written: the options of `voidprune export`. No `formats`: all that the family has.
 
-    `block_size`, `zero_points`, `activations` and `rounding` are of packed matrices.
+    `block_size`, `zero_points`, `activations` and `rounding` are of packed matrices; `kv_cache` is how graphs hold keys and values.
     """
 
     formats: tuple[str, ...] = ()
@@ -82,6 +83,7 @@ class ExportPart:
     zero_points: bool = False
     activations: str | None = None
     rounding: str = "nearest"
+    kv_cache: str = "keep"
 
 
 @dataclass(frozen=True)
@@ -238,9 +240,10 @@ def _read_export(part: Section) -> ExportPart:
         zero_points=part.take("zero_points", boolean, default=False),
         activations=part.take_optional("activations", one_of(ACTIVATIONS)),
         rounding=part.take("rounding", one_of(ROUNDINGS), default="nearest"),
+        kv_cache=part.take("kv_cache", one_of(KV_CACHES), default="keep"),
     )
     is_packed = found.precision in PACKED_PRECISIONS
-    if not is_packed and found != ExportPart(found.formats, found.precision, found.operators):
+    if not is_packed and found != ExportPart(found.formats, found.precision, found.operators, kv_cache=found.kv_cache):
         raise RecipeError(
             f"{part.place}: block_size, zero_points, activations and rounding are of packed matrices;"
             f" {found.precision} has none",

@@ -98,7 +98,9 @@ def _of_fitting(findings: Findings) -> list[str]:
         manifest.schedule.model.name,
     ):
         changed = "healing" if manifest.healing is not None else "rounding"
-        found.append(f"The evaluation is of the source under the schedule, without the weights that {changed} changed.")
+        of_weights = manifest.healing is not None or manifest.quantization is not None
+        what = f"the weights that {changed} changed" if of_weights else "keys and values in 8 bits"
+        found.append(f"The evaluation is of the source under the schedule, without {what}.")
     elif findings.evaluation is not None:
         found.append(
             f"Overlap was checked: none of the evaluated prompts is among the {count} that weights were fitted to, or voidprune "

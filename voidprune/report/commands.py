@@ -62,6 +62,8 @@ def export_options(manifest: Manifest) -> str:
         found += ["--zero-points"] if packed.zero_points else []
         found += ["--rounding", packed.rounding] if packed.rounding != "nearest" else []
         found += ["--bits", f"{packed.average_bits:.3g}"] if packed.precision == "mixed" else []
+    if manifest.kv_cache is not None:
+        found += ["--kv-cache", manifest.kv_cache.dtype]
     return shlex.join(found)
 
 

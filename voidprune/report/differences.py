@@ -174,7 +174,10 @@ def _costs(side: _Side, profile: Profile | None) -> artifacts.Document | None:
         costs = schedule_costs(profile.sizes, side.schedule)
     elif side.manifest is not None and side.manifest.quantization is None:
         checkpoint = open_checkpoint(side.path)
-        costs = schedule_costs(measure_sizes(checkpoint), side.schedule.on_slim_model(checkpoint.identity))
+        sizes = measure_sizes(checkpoint)
+        if side.manifest.kv_cache is not None:
+            sizes = sizes.with_kv_in_8_bits(checkpoint.architecture)
+        costs = schedule_costs(sizes, side.schedule.on_slim_model(checkpoint.identity))
     if costs is not None:
         return asdict(costs)
     return None if side.manifest is None else {"weight_bytes": side.manifest.graph_weight_bytes}

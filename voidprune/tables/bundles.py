@@ -29,8 +29,14 @@ def manifest_table(manifest: Manifest) -> Table:
             "weights of the graphs": f"{format_bytes(manifest.graph_weight_bytes)} {quantization.precision},\n"
             f"{quantization.average_bits:.3g} bits a weight of the layers,\n{_describe_blocks(quantization)}",
             "error of weights": f"{quantization.weight_error:.2%}",
-            "beside unpacked weights": describe_fidelity(quantization.fidelity),
+            f"beside unpacked weights{'' if manifest.kv_cache is None else ' and K/V'}": describe_fidelity(
+                quantization.fidelity
+            ),
         }
+    if manifest.kv_cache is not None:
+        rows["keys and values"] = f"{manifest.kv_cache.dtype}, measured on {len(manifest.kv_cache.prompts)} prompts"
+        if quantization is None:
+            rows["beside unrounded K/V"] = describe_fidelity(manifest.kv_cache.fidelity)
     if manifest.parity is not None:
         parity = manifest.parity
         onnx = "" if parity.onnx is None else f", graphs {parity.onnx:.2g}"
@@ -40,6 +46,8 @@ def manifest_table(manifest: Manifest) -> Table:
         )
         if parity.rounded is not None:
             rows["with activations in 8 bits"] = f"graphs {parity.rounded:.2g} (allowed {parity.rounded_tolerance:.2g})"
+        if parity.kv is not None:
+            rows["with K/V in 8 bits"] = f"graphs {parity.kv:.2g} (allowed {parity.kv_tolerance:.2g})"
     else:
         rows["difference from reference"] = "not verified: nobody ran it"
     if manifest.healing is not None:
@@ -65,7 +73,7 @@ def _describe_graphs(manifest: Manifest) -> str:
 
 
 def describe_fidelity(fidelity: Fidelity | None) -> str:
-    """What packing changed, in one line."""
+    """What packing, or K/V in 8 bits, changed, in one line."""
     if fidelity is None:
         return "not measured: the model could not answer prompts where it was exported"
     return (
