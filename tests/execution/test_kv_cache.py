@@ -28,7 +28,7 @@ def test_no_step_is_too_small_to_divide_by() -> None:
 
 @pytest.mark.parametrize("fidelity", [None, FIDELITY])
 def test_records_come_back_as_they_were(fidelity: Fidelity | None) -> None:
-    record = KvCache("int8", ("00", "ff"), fidelity)
+    record = KvCache("int8", 64, ("00", "ff"), fidelity)
     assert KvCache.from_document(record.to_document()) == record
 
 
@@ -39,14 +39,17 @@ def test_records_come_back_as_they_were(fidelity: Fidelity | None) -> None:
         ({"dtype": "int4"}, "dtype is 'int4'"),
         ({"prompts": []}, r"prompts is \(\)"),
         ({"prompts": [1]}, r"prompts is \(1,\)"),
+        ({"prompts": "abc"}, "prompts is 'abc'"),
+        ({"bytes_per_token": -1}, "bytes_per_token is -1"),
+        ({"bytes_per_token": 6.5}, "bytes_per_token is 6.5"),
     ],
 )
 def test_broken_records_are_refused(change: dict[str, Any], message: str) -> None:
-    document = {**KvCache("int8", ("00",)).to_document(), **change}
+    document = {**KvCache("int8", 64, ("00",)).to_document(), **change}
     with pytest.raises(ValueError, match=message):
         KvCache.from_document(document)
 
 
 def test_records_with_other_keys_are_refused() -> None:
     with pytest.raises(TypeError):
-        KvCache.from_document({**KvCache("int8", ("00",)).to_document(), "bits": 8})
+        KvCache.from_document({**KvCache("int8", 64, ("00",)).to_document(), "bits": 8})

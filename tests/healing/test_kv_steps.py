@@ -97,6 +97,12 @@ def test_a_slot_that_no_token_writes_is_named(llama: TinyModel) -> None:
         measure_kv_steps(model, llama.checkpoint, schedule, [short])
 
 
+def test_where_nothing_attends_nothing_is_rounded(llama: TinyModel) -> None:
+    schedule = Schedule(model=llama.identity, prefill=(A.SKIP_ATTENTION,) * 6, decode=(A.SKIP_ATTENTION,) * 6)
+    with pytest.raises(ModelError, match="no layer writes keys and values"):
+        measure_kv_steps(load_model(llama.folder), llama.checkpoint, schedule, samples(1, num_samples=2))
+
+
 def test_what_overflows_is_named(llama: TinyModel) -> None:
     model = load_model(llama.folder)
     with torch.no_grad():

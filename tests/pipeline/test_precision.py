@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.conftest import GetModel
 from tests.test_cli import expect_error, invoke
 from tests.tiny_models import TinyModel
-from voidprune.errors import BudgetError, HealingError, ModelError, RuntimeProviderError
+from voidprune.errors import BudgetError, HealingError, ModelError, NoiseError, RuntimeProviderError
 from voidprune.execution.manifest import Manifest, read_manifest
 from voidprune.execution.reference import scheduled
 from voidprune.export.block_rounding import restore_rows
@@ -560,18 +560,47 @@ def test_a_bundle_may_hold_them_so_later(tmp_path: Path) -> None:
     [
         (("--ops", "standard"), "the standard's attention takes keys and values in the dtype of its queries only"),
         (("--format", "hf"), "only ONNX graphs say how keys and values are held"),
+        (("--format", "hf", "--dry-run"), "only ONNX graphs say how keys and values are held"),
     ],
 )
 def test_what_cannot_hold_them_is_refused_before_anything_runs(
     tmp_path: Path, options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "load_model", None)
-    result = invoke("export", "demo", "-o", tmp_path / "out", "--keep", 0.5, "--kv-cache", "int8", *options)
+    result = invoke("export", "demo", "-o", tmp_path / "out", "--drop-layers", 7, "--kv-cache", "int8", *options)
     assert result.exit_code == 1
     assert message in result.output
 
 
+def test_the_whole_model_is_timed_with_keys_and_values_held_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--dataset", "demo", "--responses", "dataset", "--num-samples", 20, "--quiet")
+    for name, options in (("plain", ()), ("held", ("--kv-cache", "int8"))):
+        result = invoke("export", "demo", "-o", tmp_path / name, "--drop-layers", 7, *options, *few)
+        assert result.exit_code == 0, result.output
+    seen: list[Manifest | None] = []
+
+    def look(folders: dict[str, Path], **_options: Any) -> Any:
+        seen.extend(map(read_manifest, folders.values()))
+        raise NoiseError("enough")
+
+    monkeypatch.setattr(benchmark, "run_benchmark", look)
+    with pytest.raises(NoiseError):
+        benchmark_bundle(tmp_path / "held", baseline="demo")
+    whole, pruned = (one.kv_cache for one in seen if one is not None)
+    assert whole is not None
+    assert pruned is not None
+    assert (whole.dtype, whole.bytes_per_token, whole.fidelity) == ("int8", 128, None)
+    assert pruned.fidelity is not None
+    with pytest.raises(ModelError, match="keys and values in int8"):
+        benchmark_bundle(tmp_path / "held", baseline=str(tmp_path / "plain"))
+    told = invoke("diff", tmp_path / "plain", tmp_path / "held").stdout
+    assert "made in the same way" not in told
+    assert "keys and values" in told
+
+
 def test_keys_and_values_of_a_model_that_cannot_run_are_not_rounded(llama: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot run here, so nothing says how to round its K/V") as caught:
-        export_model(llama.checkpoint, full_schedule(llama.identity), tmp_path / "out", round_kv_on=Calibrated())
+        export_model(llama.checkpoint, full_schedule(llama.identity), tmp_path / "out", kv=Calibrated())
     assert caught.value.hint == "leave --kv-cache out"

@@ -37,7 +37,7 @@ def packed(precision: str, *bits: int, **settings: object) -> Quantization:
             f"--precision {MANIFEST.precision} --layout single",
         ),
         (
-            {"kv_cache": KvCache("int8", ("0123456789abcdef",))},
+            {"kv_cache": KvCache("int8", 64, ("0123456789abcdef",))},
             f"--precision {MANIFEST.precision} --kv-cache int8",
         ),
         (

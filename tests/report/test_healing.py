@@ -10,6 +10,7 @@ import pytest
 
 from tests.execution.test_manifest import HEALING, MANIFEST, PACKED
 from tests.report.documents import fill_folder
+from voidprune.execution.kv_cache import KvCache
 from voidprune.report.caveats import find_caveats
 from voidprune.report.findings import collect_findings
 from voidprune.report.healing import describe_healing
@@ -66,8 +67,16 @@ def test_overlap_with_the_data_of_healing_is_said_to_be_checked_or_not(tmp_path:
     assert "without the weights that healing changed" in told
     assert "Overlap" not in told
     told = "\n".join(find_caveats(replace(findings, manifest=PACKED, harness=None)))
-    assert "none of the evaluated prompts is among the 2 that weights were fitted to" in told
+    assert "none of the evaluated prompts is among the 2 that the bundle was fitted to" in told
+    judged = findings.evaluation or {}
+    unrounded = {**judged, "runners": [one for one in judged["runners"] if one["name"] != "onnx"]}
+    assert len(unrounded["runners"]) < len(judged["runners"])
+    told = "\n".join(find_caveats(replace(findings, manifest=PACKED, evaluation=unrounded, harness=None)))
+    assert "The evaluation is of weights before anything was rounded on samples." in told
     told = "\n".join(find_caveats(replace(findings, manifest=PACKED, evaluation=source, harness=None)))
     assert "without the weights that rounding changed" in told
+    held = replace(MANIFEST, kv_cache=KvCache("int8", 64, ("0123456789abcdef",)))
+    told = "\n".join(find_caveats(replace(findings, manifest=held, evaluation=source, harness=None)))
+    assert "without keys and values in 8 bits" in told
     unmeasured = "\n".join(find_caveats(replace(findings, evaluation=None, harness=None)))
     assert "Overlap" not in unmeasured

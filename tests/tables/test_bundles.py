@@ -60,14 +60,14 @@ def test_it_fits(quantization: Quantization | None) -> None:
 @pytest.mark.parametrize("quantization", [None, PACKED])
 def test_how_keys_and_values_are_held(quantization: Quantization | None) -> None:
     parity = Parity(1e-05, 1e-05, 1e-04, 6, 4, kv=0.1234, kv_tolerance=0.5678)
-    record = KvCache("int8", ("0123456789abcdef",) * 3, None if quantization else PACKED.fidelity)
+    record = KvCache("int8", 64, ("0123456789abcdef",) * 3, None if quantization else PACKED.fidelity)
     text = render(manifest_table(make_manifest(quantization=quantization, kv_cache=record, parity=parity)))
     assert not numbers_broken_off(text)
     found = cells(text)
     assert "int8, measured on 3 prompts" in found
     assert "graphs 0.12 (allowed 0.57)" in found
     assert "perplexity x 1.2346, KL 0.012 nats," in found
-    assert ("beside unrounded K/V" in found) is (quantization is None)
+    assert ("beside float32" in found) is (quantization is None)
     assert ("beside unpacked weights and K/V" in found) is (quantization is not None)
 
 

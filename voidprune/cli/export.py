@@ -139,7 +139,7 @@ def export(
     """
     from voidprune import artifacts
     from voidprune.execution.manifest import FILE, is_bundle
-    from voidprune.export.bundle import check_single_graph
+    from voidprune.export.bundle import check_kv_cache, check_single_graph
     from voidprune.export.hf_checkpoint import parse_shard_size
     from voidprune.export.publishing import check_push_target, push_bundle
     from voidprune.models.checkpoint import PRECISIONS
@@ -185,7 +185,7 @@ def export(
             options=options,
         )
         precision = "keep"
-    round_kv_on = None if kv_cache == "keep" else calibrated(options)
+    kv = None if kv_cache == "keep" else calibrated(options)
     says_nothing = all(
         context.get_parameter_source(name) is ParameterSource.DEFAULT
         for name in (*planning, "schedule_file", "profile_file")
@@ -193,10 +193,14 @@ def export(
     own = says_nothing and is_bundle(Path(model))
     request = None if own or schedule_file is not None else plan_request(seed=seed, **options)
     runs_model = request is not None and request.runs_model(has_profile=profile_file is not None)
-    checkpoint = open_model(model) if runs_model else open_kept_layers(model)
-    note = None
+    measures = target is not None and (kv is not None or (packing is not None and packing.takes_model))
+    checkpoint = open_model(model) if runs_model or measures else open_kept_layers(model)
     if not formats:
         formats, note = default_formats(checkpoint)
+        if note is not None and target is not None:
+            click.echo(note, err=True)
+    if kv is not None:
+        check_kv_cache(formats=formats, operators=operators)
     if target is not None:
         check_graphs(
             checkpoint,
@@ -205,7 +209,7 @@ def export(
             precision=precision,
             operators=operators,
             packing=packing,
-            rounds_kv=round_kv_on is not None,
+            rounds_kv=kv is not None,
             provider=provider,
         )
     if packing is None:
@@ -214,7 +218,7 @@ def export(
         from voidprune.pipeline.precision import measure_packed_sizes
 
         sizes = measure_packed_sizes(checkpoint, packing)
-    if round_kv_on is not None:
+    if kv is not None:
         sizes = sizes.with_kv_in_8_bits(checkpoint.architecture)
     if request is None:
         schedule = own_schedule(checkpoint) if schedule_file is None else read_schedule(schedule_file)
@@ -237,8 +241,6 @@ def export(
         print_plan(planned, as_json=as_json)
     if target is None:
         return
-    if note is not None:
-        click.echo(note, err=True)
     accept = gate_export(
         checkpoint, min_scores, max_ppl_ratio, eval_tasks, provider=provider, as_json=as_json, quiet=quiet
     )
@@ -251,7 +253,7 @@ def export(
         precision=precision,
         operators=operators,
         packing=packing,
-        round_kv_on=round_kv_on,
+        kv=kv,
         max_shard_bytes=max_shard_bytes,
         provider=provider,
         overwrite=overwrite,

@@ -47,14 +47,15 @@ def _steps(largest_NH: Array) -> Array:
 
 @dataclass(frozen=True)
 class KvCache:
-    """The record of it. `prompts`: hashes of those that steps were measured on (see `healing.training_data.prompt_hash`), which may
-    not be evaluated on.
+    """The record of it. `bytes_per_token`: of one layer. `prompts`: hashes of those that steps were measured on (see
+    `healing.training_data.prompt_hash`), which may not be evaluated on.
 
-    `fidelity`: the graphs beside the same schedule with K/V and weights as the source has them, on held-out samples; None where
-    weights are packed, whose record has what both changed, and where no sample was left.
+    `fidelity`: the graphs beside the source under the same schedule in float32, on held-out samples; None where weights are packed,
+    whose record has what both changed, and where steps were given.
     """
 
     dtype: str
+    bytes_per_token: int
     prompts: tuple[str, ...]
     fidelity: Fidelity | None = None
 
@@ -62,6 +63,8 @@ class KvCache:
         """Raises ValueError."""
         if self.dtype not in KV_CACHES[1:]:
             raise ValueError(f"kv_cache.dtype is {self.dtype!r}")
+        if type(self.bytes_per_token) is not int or self.bytes_per_token < 0:
+            raise ValueError(f"kv_cache.bytes_per_token is {self.bytes_per_token!r}")
         if not self.prompts or not all(type(prompt) is str for prompt in self.prompts):
             raise ValueError(f"kv_cache.prompts is {self.prompts!r}")
 
@@ -69,6 +72,8 @@ class KvCache:
     def from_document(cls, document: Mapping[str, Any]) -> KvCache:
         """Raises TypeError, ValueError, KeyError."""
         fidelity = document["fidelity"]
+        if not isinstance(document["prompts"], (list, tuple)):
+            raise ValueError(f"kv_cache.prompts is {document['prompts']!r}")
         values = {
             **document,
             "prompts": tuple(document["prompts"]),

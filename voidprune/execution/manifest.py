@@ -224,6 +224,10 @@ class Manifest:
         for name in (*self.files, *self.sizes):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{name} lies outside of its folder")
+        if self.kv_cache is not None and (not self.graphs or self.operators != "ort"):
+            raise ValueError("kv_cache is of graphs that cannot hold it")
+        if self.parity is not None and self.parity.kv is not None and self.kv_cache is None:
+            raise ValueError("parity.kv is of a kv_cache that is not there")
         if self.quantization is not None:
             if self.quantization.file not in self.sizes:
                 raise ValueError(f"{self.quantization.file} is not among its files")

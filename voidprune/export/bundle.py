@@ -184,7 +184,7 @@ def export_bundle(
             written_by=f"voidprune {voidprune.__version__}",
             operators=operators,
             quantization=quantization,
-            kv_cache=None if kv is None else KvCache("int8", kv.prompts),
+            kv_cache=None if kv is None else KvCache("int8", slim.architecture.kv_width, kv.prompts),
         )
         if made_of is not None:
             manifest = replace(

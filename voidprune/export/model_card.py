@@ -223,7 +223,7 @@ def _render_kv_cache(manifest: Manifest) -> str:
         return ""
     return (
         f" The ONNX graphs hold keys and values in {kv_cache.dtype}, with steps that were measured on {len(kv_cache.prompts)} "
-        f"prompts (which voidprune eval refuses).{_render_fidelity(kv_cache.fidelity, beside='unrounded ones')}"
+        f"prompts (which voidprune eval refuses).{_render_fidelity(kv_cache.fidelity, beside='all in float32')}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from voidprune.execution.kv_cache import KvSteps
+from voidprune.execution.manifest import Manifest
 
 K_STEPS = 12
 """Which input of onnxruntime's `GroupQueryAttention` says what 1 stands for in keys; the next one says it of values."""
@@ -31,6 +33,14 @@ def read_steps(model: ir.Model) -> dict[int, KvSteps]:
             slot = int(value.name.split(".")[1])
             parts = (weights[steps_name(slot, part)] for part in ("key", "value"))
             found[slot] = KvSteps(*(np.asarray(part.numpy())[0, :, 0] for part in parts if part is not None))
+    return found
+
+
+def bundle_steps(folder: Path, manifest: Manifest) -> dict[int, KvSteps]:
+    """By slot, of a bundle whose graphs hold keys and values in 8 bits."""
+    found: dict[int, KvSteps] = {}
+    for graph in manifest.graphs.values():
+        found |= read_steps(ir.load(folder / graph.file))
     return found
 
 

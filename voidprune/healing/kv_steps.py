@@ -51,6 +51,8 @@ def measure_kv_steps(
     `model` is that of `checkpoint`, with all of its layers. `advance` is told of the samples done. Raises ModelError where keys or
     values overflow, and where no token of the samples writes a slot.
     """
+    if not schedule.kv_layers:
+        raise ModelError("no layer writes keys and values, so there are none to round", hint="leave --kv-cache out")
     ropes = describe_graph_architecture(checkpoint.config, checkpoint.architecture.spec).ropes
     context = checkpoint.architecture.context_length
     reached: dict[int, tuple[Tensor, Tensor]] = {}
@@ -89,7 +91,7 @@ def measure_kv_steps(
                 f"keys or values of layer {layer} overflow, so nothing says how to round them",
                 hint="leave --kv-cache out",
             )
-        steps.append(KvSteps.reaching(HEADROOM * keys_NH.numpy(), HEADROOM * values_NH.numpy()))
+        steps.append(KvSteps.reaching((HEADROOM * keys_NH).numpy(), (HEADROOM * values_NH).numpy()))
     return steps
 
 

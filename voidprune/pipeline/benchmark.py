@@ -12,7 +12,9 @@ from voidprune import artifacts
 from voidprune.errors import ModelError, NoiseError
 from voidprune.execution.manifest import Manifest, is_bundle, read_manifest
 from voidprune.execution.providers import size_thread_pool
+from voidprune.export.bundle import RoundedKv
 from voidprune.export.quantize import LayerBits, Packing
+from voidprune.export.rounded_kv import bundle_steps
 from voidprune.models.checkpoint import Checkpoint, precision_name
 from voidprune.pipeline.export import export_model
 from voidprune.pipeline.models import default_provider, open_model
@@ -53,7 +55,8 @@ def benchmark_bundle(
             manifest.schedule.check_model(whole.identity, place=str(folder))
             baseline_folder = Path(scratch) / "baseline"
             schedule = full_schedule(whole.identity, boundary=manifest.schedule.boundary)
-            _export_baseline(whole, schedule, baseline_folder, manifest, provider=provider)
+            kv = None if manifest.kv_cache is None else _steps_of_all_layers(folder, manifest, schedule)
+            _export_baseline(whole, schedule, baseline_folder, manifest, kv=kv, provider=provider)
         pruned_folder = folder
         if not manifest.graphs:
             healed = open_model(str(folder))
@@ -86,11 +89,20 @@ def benchmark_bundle(
     }
 
 
-def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned: Manifest, *, provider: str) -> None:
-    """The whole model, exported as a pruned one was. Of mixed bits, dropped layers get those of the head."""
+def _export_baseline(
+    whole: Checkpoint,
+    schedule: Schedule,
+    folder: Path,
+    pruned: Manifest,
+    *,
+    kv: RoundedKv | None = None,
+    provider: str,
+) -> None:
+    """The whole model, exported as a pruned one was, with the steps of keys and values. Of mixed bits, dropped layers get those of
+    the head."""
     layout = "single" if len({graph.file for graph in pruned.graphs.values()}) == 1 else "pair"
     export = functools.partial(
-        export_model, whole, schedule, folder, layout=layout, operators=pruned.operators, provider=provider
+        export_model, whole, schedule, folder, layout=layout, operators=pruned.operators, kv=kv, provider=provider
     )
     if pruned.quantization is None:
         export(precision=precision_name(pruned.dtype))
@@ -108,16 +120,30 @@ def _export_baseline(whole: Checkpoint, schedule: Schedule, folder: Path, pruned
     export(formats=("onnx",), packing=packing)
 
 
+def _steps_of_all_layers(folder: Path, pruned: Manifest, schedule: Schedule) -> RoundedKv:
+    """The steps of a bundle's keys and values; layers that write none in it are only timed, and get those of its first slot."""
+    assert pruned.kv_cache is not None
+    steps = bundle_steps(folder, pruned)
+    known = dict(zip(pruned.slots, (steps[slot] for slot in range(len(pruned.slots))), strict=True))
+    return RoundedKv([known.get(layer, steps[0]) for layer in schedule.kv_layers], pruned.kv_cache.prompts)
+
+
 def _check_baseline(baseline: Manifest, pruned: Manifest, *, place: str) -> None:
     """Raise where a bundle is not the whole model of another, in the same precision."""
     baseline.schedule.check_model(pruned.schedule.model, place=place)
     settings = [
-        (one.precision, one.schedule.boundary, None if one.quantization is None else one.quantization.activations)
+        (
+            one.precision,
+            one.schedule.boundary,
+            None if one.quantization is None else one.quantization.activations,
+            None if one.kv_cache is None else one.kv_cache.dtype,
+        )
         for one in (baseline, pruned)
     ]
     if not baseline.schedule.is_full or settings[0] != settings[1]:
         raise ModelError(
             f"{place} is not the whole model in {pruned.precision} with the boundary {pruned.schedule.boundary}"
-            + ("" if pruned.quantization is None else f" and activations in {pruned.quantization.activations}"),
+            + ("" if pruned.quantization is None else f" and activations in {pruned.quantization.activations}")
+            + f", and keys and values {'as computed' if pruned.kv_cache is None else f'in {pruned.kv_cache.dtype}'}",
             hint="give the model itself as --baseline",
         )

@@ -206,7 +206,7 @@ class _Compression:
             formats=recipe.export.formats or default_formats(checkpoint)[0],
             precision="keep" if self.packing is not None else recipe.export.precision,
             packing=self.packing,
-            round_kv_on=self.request.calibrated if self.rounds_kv else None,
+            kv=self.request.calibrated if self.rounds_kv else None,
             operators=recipe.export.operators,
             overwrite=True,
             seed=recipe.seed,

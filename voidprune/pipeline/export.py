@@ -8,7 +8,7 @@ from pathlib import Path
 
 from voidprune.errors import ModelError, RuntimeProviderError
 from voidprune.execution.manifest import Manifest, Parity, is_bundle, read_manifest
-from voidprune.export.bundle import FORMATS, check_kv_cache, check_packing, export_bundle
+from voidprune.export.bundle import FORMATS, RoundedKv, check_kv_cache, check_packing, export_bundle
 from voidprune.export.hf_checkpoint import DEFAULT_SHARD_BYTES, slim_bytes, slim_tensors
 from voidprune.export.quantize import Packing, packed_bytes
 from voidprune.models.checkpoint import PRECISIONS, Checkpoint
@@ -43,7 +43,7 @@ def export_model(
     precision: str = "keep",
     operators: str = "ort",
     packing: PackingRequest | Packing | None = None,
-    round_kv_on: Calibrated | None = None,
+    kv: Calibrated | RoundedKv | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     provider: str | None = None,
     overwrite: bool = False,
@@ -58,8 +58,8 @@ def export_model(
     its manifest and model card say so.
 
     With `packing`, the graphs read packed matrices, and `precision` is that of the slim checkpoint, where one is written. What
-    packing changes is measured where bits are asked for (PackingRequest), not where they are given. With `round_kv_on`, the graphs
-    hold keys and values in 8 bits, with steps that are measured on it.
+    packing changes is measured where bits are asked for (PackingRequest), not where they are given. With `kv`, the graphs hold keys
+    and values in 8 bits, with steps that are measured on it, or with these steps; what that changes is measured with the former.
 
     `accept` gets the staged folder once it is verified, and may refuse it by raising: `gates.gate_bundle`. Of a checkpoint that
     was opened on the Hub, only the tensors of kept layers are fetched.
@@ -77,7 +77,7 @@ def export_model(
         precision=precision,
         operators=operators,
         packing=packing,
-        rounds_kv=round_kv_on is not None,
+        rounds_kv=kv is not None,
         provider=provider,
     )
     _check_verifiable(checkpoint, unverified=unverified)
@@ -85,7 +85,7 @@ def export_model(
     if missing := missing_bytes(needed):
         with track("fetching", missing, "bytes") as advance:
             fetch_tensors(needed, advance=advance)
-    chosen = choose_rounding(packing, checkpoint, schedule, round_kv_on=round_kv_on, track=track)
+    chosen = choose_rounding(packing, checkpoint, schedule, kv=kv, track=track)
     with ExitStack() as copying:
         total = 0
         if chosen.packing is not None:

@@ -72,6 +72,11 @@ class PackingRequest:
         if not FEW <= self.average_bits <= MANY:
             raise BudgetError(f"an average of {self.average_bits:g} bits is not between {FEW} and {MANY}")
 
+    @property
+    def takes_model(self) -> bool:
+        """Whether nothing can be chosen without running it."""
+        return self.precision == "mixed" or self.rounding == "gptq"
+
     def uniform(self, num_layers: int, precision: str | None = None) -> Packing:
         """All matrices in the same bits, those of another precision if it is given."""
         return uniform_packing(
@@ -134,36 +139,41 @@ def choose_rounding(
     checkpoint: Checkpoint,
     schedule: Schedule,
     *,
-    round_kv_on: Calibrated | None = None,
+    kv: Calibrated | RoundedKv | None = None,
     track: Track = untracked,
 ) -> ChosenRounding:
     """Bits of every layer that is kept, and how matrices, and keys and values, are rounded where that takes calibration.
 
-    For "mixed", sublayers whose packing into 4 bits changes predictions most, for their size, get 8. K/V are rounded where
-    `round_kv_on` says on what. Raises ModelError where that, bits, or GPTQ cannot be measured; DatasetError, HealingError.
+    For "mixed", sublayers whose packing into 4 bits changes predictions most, for their size, get 8. `kv` is what steps of K/V are
+    measured on, or these steps; None leaves K/V alone. Raises ModelError where bits, GPTQ or steps cannot be measured;
+    DatasetError, HealingError.
     """
     asked = request if isinstance(request, PackingRequest) else None
     packing = request if isinstance(request, Packing) else None
     mixed, rounds = asked is not None and asked.precision == "mixed", asked is not None and asked.rounding == "gptq"
     if asked is not None and not mixed:
         packing = asked.uniform(len(schedule.union))
-    calibrated = round_kv_on if asked is None else asked.calibrated
+    kv_on, given = (kv, None) if isinstance(kv, Calibrated) else (None, kv)
+    calibrated = kv_on if asked is None else asked.calibrated
     if calibrated is None:
-        return ChosenRounding(packing)
-    if problem := _cannot_run(checkpoint, beside=rounding_bytes(checkpoint) if rounds else 0):
-        if not (mixed or rounds or round_kv_on):
-            return ChosenRounding(packing)
+        return ChosenRounding(packing, kv=given)
+    beside = rounding_bytes(checkpoint) if rounds else 0
+    if kv_on is not None and request is None:  # a session with weights as large as the model's measures what changed
+        beside += sum(stored_bytes(record, "F32") for record in checkpoint.tensors.values())
+    if problem := _cannot_run(checkpoint, beside=beside):
+        if not (mixed or rounds or kv_on):
+            return ChosenRounding(packing, kv=given)
         unknown = (
             "which layers need 8 bits" if mixed else "how to round its matrices" if rounds else "how to round its K/V"
         )
         hints = ["choose --precision int8 or int4"] * mixed + ["leave --rounding out"] * rounds
-        hints += ["leave --kv-cache out"] * (round_kv_on is not None)
+        hints += ["leave --kv-cache out"] * (kv_on is not None)
         raise ModelError(
             f"{checkpoint.name} cannot run here, so nothing says {unknown}: {problem}", hint=", and ".join(hints)
         )
     model = load_model(checkpoint.folder, device=default_device())
     choosing = judging = prepare_samples(checkpoint, model, calibrated, track)
-    if rounds or round_kv_on is not None:
+    if rounds or kv_on is not None:
         choosing, judging = hold_out(choosing, share=_HELD_OUT)
     batch_size, rounded = calibrated.batch_size, None
     if asked is not None and packing is None:
@@ -176,12 +186,11 @@ def choose_rounding(
             )
         if matrices:  # all of a mixed precision's may have 8 bits
             rounded = RoundedOn(matrices, prompts)
-    kv = None
-    if round_kv_on is not None:  # of the rounded matrices, where there are such
+    if kv_on is not None:  # of the rounded matrices, where there are such
         with track("measuring keys and values", len(choosing), "samples") as advance:
             steps = measure_kv_steps(model, checkpoint, schedule, choosing, batch_size=batch_size, advance=advance)
-        kv = RoundedKv(steps, prompts)
-    return ChosenRounding(packing, judging, rounded, kv)
+        given = RoundedKv(steps, prompts)
+    return ChosenRounding(packing, judging, rounded, given)
 
 
 def _choose_bits(

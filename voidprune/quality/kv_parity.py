@@ -12,14 +12,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir
-
-from voidprune.execution.kv_cache import KvSteps
 from voidprune.execution.manifest import Manifest, Parity, read_manifest
 from voidprune.execution.reference import ScheduledModel, scheduled
 from voidprune.execution.rounded_cache import RoundedCache
 from voidprune.execution.session import BundleSession
-from voidprune.export.rounded_kv import hold_exactly, read_steps
+from voidprune.export.rounded_kv import bundle_steps, hold_exactly
 from voidprune.models.checkpoint import Checkpoint, open_checkpoint
 from voidprune.models.pretrained import load_model
 from voidprune.quality.driving import Cached, Drive, OnePass, largest_difference, require
@@ -53,20 +50,21 @@ def check_kv(
     """`exact`, which is of the bundle `with_exact_kv`, with how far the graphs are off as they run and as they were exported, the
     larger of both. Raises ParityError."""
     manifest = read_manifest(folder)
+    steps = bundle_steps(folder, manifest)
     with _opened(folder, manifest, source, schedule, provider, seed, layer_streamed) as (reference, drive):
-        steps = _steps_by_slot(folder, manifest)
-        layers = dict(enumerate(reference.schedule.kv_layers))
+        by_layer = {layer: steps[slot] for slot, layer in enumerate(reference.schedule.kv_layers)}
         expected = drive.run_reference(reference)
         on_pass()
-        by_layer = {layers[slot]: one for slot, one in steps.items()}
         rounded = drive.run_reference(reference, lambda: RoundedCache(by_layer))
         on_pass()
+    del reference  # and the model is out of memory, of which a session may take as much
     allowed = exact.tolerance if exact.rounded_tolerance is None else exact.rounded_tolerance
     tolerance = allowed + largest_difference(rounded, expected)
     found = []
     for as_exported in (False, True):
-        session = BundleSession(folder, provider=provider, as_exported=as_exported)
+        session = BundleSession(folder, provider=provider, as_exported=as_exported, prepack=not as_exported)
         found.append(largest_difference(drive.run_session(session), rounded))
+        del session
         require(found[-1], tolerance, what=f"the ONNX graphs on {provider}, which hold K/V in 8 bits,")
         on_pass()
     return replace(exact, kv=max(found), kv_tolerance=tolerance)
@@ -100,10 +98,3 @@ def _opened(
     else:
         with scheduled(load_model(folder, device=device), renumbered) as reference:
             yield reference, Cached.choose(slim, seed=seed)
-
-
-def _steps_by_slot(folder: Path, manifest: Manifest) -> dict[int, KvSteps]:
-    found: dict[int, KvSteps] = {}
-    for graph in manifest.graphs.values():
-        found |= read_steps(onnx_ir.load(folder / graph.file))
-    return found

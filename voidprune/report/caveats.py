@@ -88,11 +88,16 @@ def _of_quality(findings: Findings) -> list[str]:
     return found
 
 
+def _ran_graphs(evaluation: Mapping[str, Any]) -> bool:
+    return any(runner["name"] == "onnx" for runner in evaluation["runners"])
+
+
 def _of_fitting(findings: Findings) -> list[str]:
     manifest = findings.manifest
     if manifest is None or not manifest.fitted_prompts:
         return []
     found, count = [], len(manifest.fitted_prompts)
+    is_rounded = any(part is not None and part.prompts for part in (manifest.quantization, manifest.kv_cache))
     if findings.evaluation is not None and findings.evaluation["model"] in (
         manifest.source,
         manifest.schedule.model.name,
@@ -101,19 +106,21 @@ def _of_fitting(findings: Findings) -> list[str]:
         of_weights = manifest.healing is not None or manifest.quantization is not None
         what = f"the weights that {changed} changed" if of_weights else "keys and values in 8 bits"
         found.append(f"The evaluation is of the source under the schedule, without {what}.")
+    elif findings.evaluation is not None and is_rounded and not _ran_graphs(findings.evaluation):
+        found.append("The evaluation is of weights before anything was rounded on samples.")
     elif findings.evaluation is not None:
         found.append(
-            f"Overlap was checked: none of the evaluated prompts is among the {count} that weights were fitted to, or voidprune "
+            f"Overlap was checked: none of the evaluated prompts is among the {count} that the bundle was fitted to, or voidprune "
             "eval had refused."
         )
     if findings.harness is not None:
         compared = findings.harness.get("num_compared_prompts")
         found.append(
             f"Overlap was checked for the tasks of lm_eval as far as that goes: none of their {compared} prompts is, token for "
-            f"token, among the {count} that weights were fitted to. The same items in another template or behind worked examples "
+            f"token, among the {count} that the bundle was fitted to. The same items in another template or behind worked examples "
             "are not found."
             if compared
-            else "Overlap was not checked for the tasks of lm_eval: their prompts may be among those that weights were fitted to."
+            else "Overlap was not checked for the tasks of lm_eval: their prompts may be among those that the bundle was fitted to."
         )
     return found
 

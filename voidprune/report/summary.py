@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from voidprune.planning.budgets import contiguous_runs
@@ -20,8 +21,9 @@ def find_costs(findings: Findings) -> tuple[ScheduleCosts, ScheduleCosts] | None
     """Of the whole model and of the schedule, where the sizes are known."""
     if findings.schedule is None or findings.profile is None:
         return None
-    sizes = findings.profile.sizes
-    return baseline_costs(sizes, findings.schedule), schedule_costs(sizes, findings.schedule)
+    sizes, kv_cache = findings.profile.sizes, None if findings.manifest is None else findings.manifest.kv_cache
+    held = sizes if kv_cache is None else replace(sizes, kv_bytes_per_token=kv_cache.bytes_per_token)
+    return baseline_costs(sizes, findings.schedule), schedule_costs(held, findings.schedule)
 
 
 def make_cards(findings: Findings) -> tuple[Card, ...]:

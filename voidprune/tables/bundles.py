@@ -36,7 +36,7 @@ def manifest_table(manifest: Manifest) -> Table:
     if manifest.kv_cache is not None:
         rows["keys and values"] = f"{manifest.kv_cache.dtype}, measured on {len(manifest.kv_cache.prompts)} prompts"
         if quantization is None:
-            rows["beside unrounded K/V"] = describe_fidelity(manifest.kv_cache.fidelity)
+            rows["beside float32"] = describe_fidelity(manifest.kv_cache.fidelity)
     if manifest.parity is not None:
         parity = manifest.parity
         onnx = "" if parity.onnx is None else f", graphs {parity.onnx:.2g}"
