@@ -153,16 +153,16 @@ def choose_rounding(
     mixed, rounds = asked is not None and asked.precision == "mixed", asked is not None and asked.rounding == "gptq"
     if asked is not None and not mixed:
         packing = asked.uniform(len(schedule.union))
-    kv_on, given = (kv, None) if isinstance(kv, Calibrated) else (None, kv)
+    kv_on, kv_steps = (kv, None) if isinstance(kv, Calibrated) else (None, kv)
     calibrated = kv_on if asked is None else asked.calibrated
     if calibrated is None:
-        return ChosenRounding(packing, kv=given)
+        return ChosenRounding(packing, kv=kv_steps)
     beside = rounding_bytes(checkpoint) if rounds else 0
     if kv_on is not None and request is None:  # a session with weights as large as the model's measures what changed
         beside += sum(stored_bytes(record, "F32") for record in checkpoint.tensors.values())
     if problem := _cannot_run(checkpoint, beside=beside):
         if not (mixed or rounds or kv_on):
-            return ChosenRounding(packing, kv=given)
+            return ChosenRounding(packing, kv=kv_steps)
         unknown = (
             "which layers need 8 bits" if mixed else "how to round its matrices" if rounds else "how to round its K/V"
         )
@@ -189,8 +189,8 @@ def choose_rounding(
     if kv_on is not None:  # of the rounded matrices, where there are such
         with track("measuring keys and values", len(choosing), "samples") as advance:
             steps = measure_kv_steps(model, checkpoint, schedule, choosing, batch_size=batch_size, advance=advance)
-        given = RoundedKv(steps, prompts)
-    return ChosenRounding(packing, judging, rounded, given)
+        kv_steps = RoundedKv(steps, prompts)
+    return ChosenRounding(packing, judging, rounded, kv_steps)
 
 
 def _choose_bits(
