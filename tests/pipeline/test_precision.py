@@ -597,6 +597,8 @@ def test_the_whole_model_is_timed_with_keys_and_values_held_alike(
         benchmark_bundle(tmp_path / "held", baseline=str(tmp_path / "plain"))
     told = invoke("diff", tmp_path / "plain", tmp_path / "held").stdout
     assert "made in the same way" not in told
+    costs = json.loads(invoke("diff", tmp_path / "plain", tmp_path / "held", "--json").stdout)["costs"]
+    assert costs[0]["kv_bytes_per_token"] == 4 * costs[1]["kv_bytes_per_token"]
     assert "keys and values" in told
 
 
