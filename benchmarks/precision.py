@@ -1,7 +1,8 @@
 """Bytes and quality of the precisions of graphs: `python benchmarks/precision.py [MODEL ...]`, the demo model unless told.
 
 Each is exported of the whole model and put beside it: weight error, KL and perplexity on responses, and on the demo model the
-share of right answers. Bits of "mixed" are chosen, and GPTQ rounds, on the calibration split (of other models: on every second
+share of right answers; first float32 with keys and values in 8 bits. Bits of "mixed" are chosen, GPTQ rounds, and steps of keys and
+values are measured on the calibration split (of other models: on every second
 answered prompt); the rest is measured on what was not chosen by. Nothing is verified here; `voidprune export` does that.
 """
 
@@ -16,9 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from voidprune.execution.manifest import Manifest
+from voidprune.execution.packing_record import Fidelity
 from voidprune.execution.session import BundleSession
-from voidprune.export.bundle import RoundedOn, export_bundle
+from voidprune.export.bundle import RoundedKv, RoundedOn, export_bundle
 from voidprune.export.quantize import Packing, layer_weights, uniform_packing
+from voidprune.healing.kv_steps import measure_kv_steps
 from voidprune.healing.rounding import round_layers
 from voidprune.healing.training_data import prompt_hash
 from voidprune.models.checkpoint import Checkpoint
@@ -115,11 +119,32 @@ def main(models: list[str]) -> None:
         harm = measure_harm(checkpoint, load_model(checkpoint.folder), schedule, choosing, blocks=blocks)
         print("KL of attention, MLP in 4 bits: " + "; ".join(f"{one:.2g}, {two:.2g}" for one, two in harm))
         print("| precision | bytes | error | perplexity x | KL | same token | right |\n|---|---|---|---|---|---|---|")
+        print(measure_held(checkpoint, schedule, judging, calibration=choosing), flush=True)
         for label, packing in packings(checkpoint, schedule, harm).items():
             measure = functools.partial(measure_packing, checkpoint, schedule, packing, judging)
             print(measure(label=label), flush=True)
             if label in CALIBRATED:
                 print(measure(label=f"{label}, GPTQ", calibration=choosing), flush=True)
+
+
+def measure_held(
+    checkpoint: Checkpoint, schedule: Schedule, judging: list[Sample], *, calibration: Sequence[Sample]
+) -> str:
+    """The line of keys and values in 8 bits, weights as they are."""
+    steps = measure_kv_steps(load_model(checkpoint.folder), checkpoint, schedule, calibration)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "held"
+        manifest = export_bundle(
+            checkpoint,
+            schedule,
+            folder,
+            verify=lambda _stage: None,
+            kv=RoundedKv(steps, tuple(prompt_hash(sample.prompt) for sample in calibration)),
+            measure=lambda stage: measure_fidelity(checkpoint, schedule, stage, judging, provider="cpu"),
+        )
+        right = accuracy(checkpoint, folder)
+    assert manifest.kv_cache is not None
+    return describe("K/V int8", manifest, 0.0, manifest.kv_cache.fidelity, right)
 
 
 def measure_packing(
@@ -151,10 +176,13 @@ def measure_packing(
         )
         right = accuracy(checkpoint, folder)
     assert manifest.quantization is not None
-    found = manifest.quantization.fidelity
+    return describe(label, manifest, manifest.quantization.weight_error, manifest.quantization.fidelity, right)
+
+
+def describe(label: str, manifest: Manifest, error: float, found: Fidelity | None, right: str) -> str:
     assert found is not None
     return (
-        f"| {label} | {manifest.graph_weight_bytes:,} | {manifest.quantization.weight_error:.2%} | "
+        f"| {label} | {manifest.graph_weight_bytes:,} | {error:.2%} | "
         f"{found.perplexity_ratio:.4f} | {found.kl:.2g} | {found.top1:.2%} | {right} |"
     )
 

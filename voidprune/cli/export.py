@@ -218,8 +218,7 @@ def export(
         from voidprune.pipeline.precision import measure_packed_sizes
 
         sizes = measure_packed_sizes(checkpoint, packing)
-    if kv is not None:
-        sizes = sizes.with_kv_in_8_bits(checkpoint.architecture)
+    sizes = sizes.with_kv_bytes(None if kv is None else checkpoint.architecture.kv_width)
     if request is None:
         schedule = own_schedule(checkpoint) if schedule_file is None else read_schedule(schedule_file)
         assert schedule is not None

@@ -192,6 +192,11 @@ class Manifest:
         return frozenset().union(*(part.prompts for part in parts if part is not None))
 
     @property
+    def kv_bytes_per_token(self) -> int | None:
+        """Of one layer, where the graphs hold keys and values otherwise than they compute them."""
+        return None if self.kv_cache is None else self.kv_cache.bytes_per_token
+
+    @property
     def has_checkpoint(self) -> bool:
         """Whether transformers finds weights in the folder."""
         return self.quantization is None or len(self.weight_files) > 1

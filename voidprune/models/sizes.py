@@ -46,9 +46,9 @@ class ModelSizes:
     def total_bytes(self) -> int:
         return self.other_bytes + sum(layer.total_bytes for layer in self.layers)
 
-    def with_kv_in_8_bits(self, architecture: DecoderArchitecture) -> ModelSizes:
-        """The same model, where graphs hold keys and values so."""
-        return replace(self, kv_bytes_per_token=architecture.kv_width)
+    def with_kv_bytes(self, bytes_per_token: int | None) -> ModelSizes:
+        """The same model with so many bytes of K/V in a layer; itself where that is None."""
+        return self if bytes_per_token is None else replace(self, kv_bytes_per_token=bytes_per_token)
 
     def to_document(self) -> dict[str, Any]:
         return asdict(self)

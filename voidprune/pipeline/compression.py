@@ -148,7 +148,7 @@ class _Compression:
             sizes = measure_packed_sizes(self.checkpoint, self.packing)
         else:
             sizes = measure_sizes(self.checkpoint, dtype=PRECISIONS.get(self.recipe.export.precision))
-        return sizes.with_kv_in_8_bits(self.checkpoint.architecture) if self.rounds_kv else sizes
+        return sizes.with_kv_bytes(self.checkpoint.architecture.kv_width if self.rounds_kv else None)
 
     def healing_rows(self) -> list[Row]:
         heal, data = self.recipe.heal, self.recipe.data

@@ -51,7 +51,10 @@ def check_kv(
     larger of both. Raises ParityError."""
     manifest = read_manifest(folder)
     steps = bundle_steps(folder, manifest)
-    with _opened(folder, manifest, source, schedule, provider, seed, layer_streamed) as (reference, drive):
+    opened = _opened(
+        folder, manifest, source=source, schedule=schedule, provider=provider, seed=seed, layer_streamed=layer_streamed
+    )
+    with opened as (reference, drive):
         by_layer = {layer: steps[slot] for slot, layer in enumerate(reference.schedule.kv_layers)}
         expected = drive.run_reference(reference)
         on_pass()
@@ -74,6 +77,7 @@ def check_kv(
 def _opened(
     folder: Path,
     manifest: Manifest,
+    *,
     source: Checkpoint,
     schedule: Schedule,
     provider: str,

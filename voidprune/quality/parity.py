@@ -7,6 +7,7 @@ not hide the next. Graphs with packed matrices are compared with the source run 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -66,10 +67,19 @@ def verify_bundle(
     """
     if available_bytes is None:
         available_bytes = free_memory("cuda" if provider == "cuda" else "cpu")
+    verify = functools.partial(
+        _verify,
+        source=source,
+        schedule=schedule,
+        provider=provider,
+        seed=seed,
+        available_bytes=available_bytes,
+        on_pass=on_pass,
+    )
     if read_manifest(folder).kv_cache is None:
-        return _verify(folder, source, schedule, provider, seed, available_bytes, on_pass)
+        return verify(folder)
     with with_exact_kv(folder) as without:
-        exact = _verify(without, source, schedule, provider, seed, available_bytes, on_pass)
+        exact = verify(without)
     return check_kv(
         folder,
         source=source,
@@ -84,6 +94,7 @@ def verify_bundle(
 
 def _verify(
     folder: Path,
+    *,
     source: Checkpoint,
     schedule: Schedule,
     provider: str,

@@ -6,7 +6,7 @@ An exported folder stands for its schedule. Nothing is drawn here; `voidprune.ta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from voidprune.errors import ArtifactError
 from voidprune.execution import manifest as manifests
 from voidprune.execution.manifest import Manifest
 from voidprune.models.checkpoint import open_checkpoint
-from voidprune.models.sizes import ModelSizes, measure_sizes
+from voidprune.models.sizes import measure_sizes
 from voidprune.planning import intervals
 from voidprune.planning.costs import ScheduleCosts, schedule_costs
 from voidprune.planning.criteria import CRITERIA
@@ -171,16 +171,13 @@ def _costs(side: _Side, profile: Profile | None) -> artifacts.Document | None:
     """With a profile those that plan prints; of a folder with plain weights those of what it holds; else not known."""
     assert side.schedule is not None
     costs: ScheduleCosts | None = None
-    kv_cache = None if side.manifest is None else side.manifest.kv_cache
-
-    def held(sizes: ModelSizes) -> ModelSizes:
-        return sizes if kv_cache is None else replace(sizes, kv_bytes_per_token=kv_cache.bytes_per_token)
-
+    kv_bytes = None if side.manifest is None else side.manifest.kv_bytes_per_token
     if profile is not None:
-        costs = schedule_costs(held(profile.sizes), side.schedule)
+        costs = schedule_costs(profile.sizes.with_kv_bytes(kv_bytes), side.schedule)
     elif side.manifest is not None and side.manifest.quantization is None:
         checkpoint = open_checkpoint(side.path)
-        costs = schedule_costs(held(measure_sizes(checkpoint)), side.schedule.on_slim_model(checkpoint.identity))
+        sizes = measure_sizes(checkpoint).with_kv_bytes(kv_bytes)
+        costs = schedule_costs(sizes, side.schedule.on_slim_model(checkpoint.identity))
     if costs is not None:
         return asdict(costs)
     return None if side.manifest is None else {"weight_bytes": side.manifest.graph_weight_bytes}

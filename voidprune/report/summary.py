@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from voidprune.planning.budgets import contiguous_runs
@@ -21,8 +20,8 @@ def find_costs(findings: Findings) -> tuple[ScheduleCosts, ScheduleCosts] | None
     """Of the whole model and of the schedule, where the sizes are known."""
     if findings.schedule is None or findings.profile is None:
         return None
-    sizes, kv_cache = findings.profile.sizes, None if findings.manifest is None else findings.manifest.kv_cache
-    held = sizes if kv_cache is None else replace(sizes, kv_bytes_per_token=kv_cache.bytes_per_token)
+    sizes = findings.profile.sizes
+    held = sizes.with_kv_bytes(None if findings.manifest is None else findings.manifest.kv_bytes_per_token)
     return baseline_costs(sizes, findings.schedule), schedule_costs(held, findings.schedule)
 
 
